@@ -159,9 +159,10 @@ def take(x, index):
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.size(-1)))
 
 
-def visible_slots(batch):
-    """Where the replaced and unchanged tokens stand among the kept ones: (B, k - n_m)."""
-    return torch.searchsorted(batch.kept, batch.predict[:, batch.masked.size(1) :].contiguous())
+def slots(batch):
+    """Where each of the n positions stands in (kept, masked), one after the other: (B, n). The argsort of a
+    permutation is its inverse."""
+    return torch.cat([batch.kept, batch.masked], dim=1).argsort(dim=1)
 
 
 # A decoder turns the encoder's latents into the states to predict from, (B, k, d_en), and ends in
@@ -193,11 +194,11 @@ class Bridge(nn.Module):
         self.pos = nn.Embedding(config.n_positions, d_de)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, latents, batch):
-        """Returns the latents (B, n_en, d_de) as they come, and the [MASK]s (B, n_m, d_de) as
-        many as they are; neither has its position yet."""
-        latents = self.fc(latents)
-        return latents, self.mask.to(latents.dtype).expand(*batch.masked.shape, -1)
+    def forward(self, latents):
+        return self.fc(latents)  # (B, n_en, d_de)
+
+    def add_positions(self, x, positions):
+        return self.drop(x + self.pos(positions))
 
 
 class SelfDecoder(nn.Module):
@@ -214,11 +215,13 @@ class SelfDecoder(nn.Module):
         self.fc1 = nn.Linear(d, config.n_embd)
 
     def forward(self, latents, batch):
-        x = torch.cat(self.bridge(latents, batch), dim=1)  # (B, n, d_de)
-        x = self.bridge.drop(x + self.bridge.pos(torch.cat([batch.kept, batch.masked], dim=1)))
+        latents = self.bridge(latents)
+        masks = self.bridge.mask.to(latents.dtype).expand(*batch.masked.shape, -1)  # (B, n_m, d_de)
+        x = torch.cat([latents, masks], dim=1)  # (B, n, d_de)
+        x = self.bridge.add_positions(x, torch.cat([batch.kept, batch.masked], dim=1))
         for block in self.blocks:
             x = block(x)
-        x = torch.cat([x[:, latents.size(1) :], take(x, visible_slots(batch))], dim=1)
+        x = take(x, slots(batch).gather(1, batch.predict))  # (B, k, d_de)
         return self.fc1(self.ln_f(x))  # (B, k, d_en)
 
 
@@ -236,11 +239,12 @@ class CrossDecoder(nn.Module):
         self.fc1_visible = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, latents, batch):
-        memory, x = self.bridge(latents, batch)  # (B, n_en, d_de), (B, n_m, d_de)
-        x = self.bridge.drop(x + self.bridge.pos(batch.masked))
+        memory = self.bridge(latents)
+        x = self.bridge.add_positions(self.bridge.mask, batch.masked)  # (B, n_m, d_de)
         for block in self.blocks:
             x = block(x, memory)
-        visible = self.fc1_visible(take(latents, visible_slots(batch)))  # (B, k - n_m, d_en)
+        visible = slots(batch).gather(1, batch.predict[:, x.size(1) :])  # (B, k - n_m)
+        visible = self.fc1_visible(take(latents, visible))  # (B, k - n_m, d_en)
         return torch.cat([self.fc1(self.ln_f(x)), visible], dim=1)  # (B, k, d_en)
 
 

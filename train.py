@@ -411,7 +411,7 @@ def by_kind(losses, batch):
     """[sums of masked, replaced and unchanged tokens' losses, and their counts]; losses (B, k)."""
     n_m, n_r, k = batch.masked.size(1), batch.n_replaced, losses.size(1)
     parts = losses.split([n_m, n_r, k - n_m - n_r], dim=1)
-    return [float(p.sum(dtype=torch.float32)) for p in parts] + [p.numel() for p in parts]
+    return [float(p.sum()) for p in parts] + [p.numel() for p in parts]
 
 
 def means(sums):

@@ -1,0 +1,813 @@
+"""The tests, in the order of the files: model, data, flops, train.
+
+    pytest test_3ml.py
+
+Each compares with something independent (transformers, torch's own layers, scipy, FlopCounterMode, a
+count by hand) or holds two runs to a relation that a mistake would break. A comparison whose library is
+not installed is skipped.
+"""
+
+import json
+import math
+import os
+import shutil
+import socket
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import flops
+import model as m
+import train
+from data import Corrupted, Data, Vocab, corrupt, counts
+
+VOCAB = Vocab(size=99, mask=98)
+SHAPE = dict(vocab_size=99, n_positions=20, n_layer=2, n_embd=32, head_size=16, n_embd_dec=16)
+BOTH_NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
+BOTH_DECODERS = pytest.mark.parametrize("decoder", ["self", "cross"])
+ALL_MODELS = pytest.mark.parametrize("decoder", ["self", "cross", "none"])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def config_of(**changes):
+    return m.ModelConfig(**{**SHAPE, "dropout": 0.0, **changes})
+
+
+def shaken(module):
+    """No parameter at a value, such as 0 or 1, that would hide its absence or exchange."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return module.eval()
+
+
+def model_of(**changes):
+    return shaken(m.MaskedLM(config_of(**changes)))
+
+
+def random_rows(B=4, n=20, vocab=VOCAB):
+    rows = torch.randint(4, vocab.size - 1, (B, n))
+    rows[:, 0], rows[:, -1] = vocab.bos, vocab.eos
+    return rows
+
+
+def random_batch(B=4, n=20, rate=0.5, seed=0, rows=None):
+    rows = random_rows(B, n) if rows is None else rows
+    g = torch.Generator().manual_seed(seed)
+    return corrupt(rows, rate, vocab=VOCAB, generator=g)
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------- model.py
+
+
+def hf_model(norm, head, **changes):
+    """A random `transformers` RoBERTa (post-LN) or RobertaPreLayerNorm of SHAPE's shape."""
+    transformers = pytest.importorskip("transformers")
+    name = {"post": "Roberta", "pre": "RobertaPreLayerNorm"}[norm]
+    hf_config = getattr(transformers, f"{name}Config")(
+        vocab_size=99, max_position_embeddings=22, num_hidden_layers=2, hidden_size=32,
+        num_attention_heads=2, intermediate_size=128, type_vocab_size=1, layer_norm_eps=1e-5, **changes,
+    )  # fmt: skip
+    return shaken(getattr(transformers, f"{name}{head}")(hf_config))
+
+
+@BOTH_NORMS
+def test_vanilla_mlm_is_transformers_in_losses_and_gradients(norm, tmp_path):
+    theirs = hf_model(norm, "ForMaskedLM")
+    theirs.save_pretrained(tmp_path, safe_serialization=True)
+    pytest.importorskip("safetensors")
+    _, encoder = m.load_pretrained(tmp_path)
+    ours = model_of(decoder="none", norm=norm)
+    ours.encoder.load_state_dict(encoder.state_dict())
+    head = dict(theirs.lm_head.named_parameters())
+    ours.decoder.fc1.load_state_dict(theirs.lm_head.dense.state_dict())
+    ours.ln.load_state_dict(theirs.lm_head.layer_norm.state_dict())
+    ours.bias.data.copy_(theirs.lm_head.decoder.bias)
+
+    batch = random_batch()
+    labels = torch.full_like(batch.inputs, -100).scatter(1, batch.predict, batch.labels)
+    out = theirs(input_ids=batch.inputs, labels=labels)
+    losses = F.cross_entropy(out.logits.transpose(1, 2), labels, reduction="none")
+    close(ours(batch), losses.gather(1, batch.predict))
+
+    out.loss.backward()
+    ours(batch).mean().backward()
+    close(ours.decoder.fc1.weight.grad, head["dense.weight"].grad)
+    close(ours.ln.bias.grad, head["layer_norm.bias"].grad)
+    close(ours.bias.grad, theirs.lm_head.decoder.bias.grad)
+    grads = {name: p.grad for name, p in theirs.named_parameters()}
+    prefix = "roberta." if norm == "post" else "roberta_prelayernorm."
+    for name, names in m.hf_names(ours.config, prefix):
+        grad = torch.cat([grads[x] for x in names])
+        grad = grad[2:] if name == "pos.weight" else grad
+        close(ours.encoder.get_parameter(name).grad, grad)
+
+
+@BOTH_NORMS
+def test_encoder_on_kept_tokens_is_transformers_with_their_positions(norm, tmp_path):
+    theirs = hf_model(norm, "Model")
+    theirs.save_pretrained(tmp_path)
+    pytest.importorskip("safetensors")
+    _, encoder = m.load_pretrained(tmp_path)
+    batch = random_batch()
+    tokens = batch.inputs.gather(1, batch.kept)
+    expected = theirs(input_ids=tokens, position_ids=batch.kept + 2).last_hidden_state
+    close(encoder.eval()(tokens, batch.kept), expected)
+
+
+@BOTH_NORMS
+@pytest.mark.parametrize("cross", [False, True])
+def test_block_is_torchs_transformer_layer(norm, cross):
+    block = shaken(m.Block(32, config_of(norm=norm), cross))
+    layer = nn.TransformerDecoderLayer if cross else nn.TransformerEncoderLayer
+    theirs = layer(32, 2, 128, 0.0, "gelu", 1e-5, batch_first=True, norm_first=norm == "pre").eval()
+    names = dict(self_attn="attn", linear1="fc1", linear2="fc2", norm1="ln1", norm2="ln2")
+    if cross:
+        names |= dict(multihead_attn="cross", norm2="ln_cross", norm3="ln2")
+    for name, ours in names.items():
+        weights = block.get_submodule(ours).state_dict()
+        if ours in ("attn", "cross"):
+            weights = {
+                k.replace("qkv.", "in_proj_").replace("out.", "out_proj."): v
+                for k, v in weights.items()
+            }
+        theirs.get_submodule(name).load_state_dict(weights)
+    x, memory = torch.randn(3, 7, 32), torch.randn(3, 5, 32) if cross else None
+    with torch.enable_grad():  # torch's fast path is another program
+        close(block(x, memory), theirs(x, memory) if cross else theirs(x))
+
+
+@BOTH_DECODERS
+@BOTH_NORMS
+def test_what_a_mask_hides_never_reaches_the_model(decoder, norm):
+    rows = random_rows()
+    batch = random_batch(rows=rows)
+    other = rows.scatter(1, batch.masked, (rows.gather(1, batch.masked) + 7) % 90 + 4)
+    changed = random_batch(rows=other)
+    n_m = batch.masked.size(1)
+    assert torch.equal(batch.inputs, changed.inputs) and torch.equal(batch.predict, changed.predict)
+    assert (batch.labels[:, :n_m] != changed.labels[:, :n_m]).all()
+    net = model_of(decoder=decoder, norm=norm)
+    assert torch.equal(net.logits(batch), net.logits(changed))
+
+
+@BOTH_DECODERS
+def test_order_in_memory_is_nothing_and_position_is_all(decoder):
+    net, batch = model_of(decoder=decoder), random_batch()
+    logits = net.logits(batch)  # (B, k, V)
+    n_m, k = batch.masked.size(1), batch.predict.size(1)
+    # [MASK]s, and what is to be predicted of them, in another order: the outputs follow
+    order = torch.randperm(n_m)
+    predict = torch.cat([batch.masked[:, order], batch.predict[:, n_m:]], dim=1)
+    moved = net.logits(batch._replace(masked=batch.masked[:, order], predict=predict))
+    close(moved, logits[:, torch.cat([order, torch.arange(n_m, k)])])
+    assert not torch.allclose(moved, logits, atol=1e-3)
+    # kept tokens, with their positions, in another order: nothing changes
+    close(
+        net.logits(batch._replace(kept=batch.kept[:, torch.randperm(batch.kept.size(1))])), logits
+    )
+    # two kept words exchange places: everything may change
+    a, b = batch.kept[0, 2], batch.kept[0, 5]
+    inputs = batch.inputs.clone()
+    inputs[0, a], inputs[0, b] = batch.inputs[0, b], batch.inputs[0, a]
+    changed = (net.logits(batch._replace(inputs=inputs)) - logits).abs().amax(dim=(1, 2)) > 1e-3
+    assert changed.tolist() == [True, False, False, False]
+
+
+def test_encoder_states_depend_on_kept_tokens_alone():
+    """Eight more tokens, all masked: 3ML's encoder sees the same, vanilla MLM's does not."""
+    short = random_batch(n=12)
+    longer = torch.cat([short.masked, torch.arange(12, 20).expand(4, -1)], dim=1)
+    inputs = torch.cat([short.inputs, torch.full((4, 8), VOCAB.mask)], dim=1)
+    k = torch.cat([longer, short.predict[:, short.masked.size(1) :]], dim=1)
+    long = Corrupted(inputs, short.kept, longer, k, k, short.n_replaced)
+    for decoder, same in (("self", True), ("cross", True), ("none", False)):
+        net, seen = model_of(decoder=decoder), []
+        net.encoder.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
+        net.logits(short), net.logits(long)
+        if decoder == "none":
+            seen = [x.gather(1, short.kept.unsqueeze(-1).expand(-1, -1, 32)) for x in seen]
+        assert torch.equal(*seen) == same
+
+
+def copy_rule(B, h, vocab):
+    """Rows whose second half repeats the first. Of each pair of twins one may be masked, the other is
+    kept; a quarter of the pairs stay whole, and one of their twins is predicted, unchanged."""
+    half = torch.randint(4, vocab.size - 1, (B, h))
+    rows = torch.cat([half, half], dim=1)
+    order, side = torch.rand(B, h).argsort(1), torch.randint(2, (B, h))
+    chosen, n_m = order + h * side, h * 3 // 4
+    masked, unchanged = chosen[:, :n_m].sort().values, chosen[:, n_m:].sort().values
+    kept = torch.ones(B, 2 * h).scatter_(1, masked, 0).argsort(dim=1, descending=True, stable=True)
+    kept = kept[:, : 2 * h - n_m]
+    predict = torch.cat([masked, unchanged], dim=1)
+    inputs = rows.scatter(1, masked, vocab.mask)
+    return Corrupted(inputs, kept, masked, predict, rows.gather(1, predict), 0)
+
+
+@pytest.mark.parametrize(
+    "decoder, norm",
+    [("self", "post"), ("self", "pre"), ("cross", "pre"), ("none", "post"), ("none", "pre")],
+)
+def test_learns_a_rule_of_position_under_fresh_masks(decoder, norm):
+    """Chance is ln 12 = 2.5 nats; only positions and labels that belong together bring it near 0."""
+    vocab, h = Vocab(size=17, mask=16), 6
+    net = m.MaskedLM(m.ModelConfig(17, 2 * h, 2, 48, 24, decoder, 2, 48, norm, 0.0))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for step in range(1200):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, step / 100) * (1 - step / 1300)
+        loss = net(copy_rule(32, h, vocab)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 49 and loss < 0.02:
+            break
+    net.eval()
+    losses = net(copy_rule(512, h, vocab))
+    assert losses.mean() < 0.05
+    assert losses.mean(0).max() < 0.15  # masked and unchanged alike
+
+
+@pytest.mark.parametrize("decoder, l, d, millions", [
+    ("none", 24, 1024, 355), ("self", 24, 1024, 362), ("cross", 24, 1024, 365),
+    ("none", 12, 768, 125), ("self", 12, 768, 128), ("cross", 12, 768, 130),
+])  # fmt: skip
+def test_parameters_are_counted_by_hand(decoder, l, d, millions):
+    norm = "pre" if l == 24 or decoder == "cross" else "post"
+    with torch.device("meta"):
+        net = m.MaskedLM(m.ModelConfig(n_layer=l, n_embd=d, decoder=decoder, norm=norm))
+    V, P, e = 50265, 512, d // 2
+
+    def block(d, cross=False):
+        attention = 4 * d * d + 4 * d
+        return (1 + cross) * (attention + 2 * d) + 8 * d * d + 5 * d + 2 * d
+
+    final = 2 if norm == "pre" else 0
+    expected = V * d + P * d + 2 * d + l * block(d) + final * d  # encoder
+    expected += 2 * d + V  # LayerNorm and bias of the prediction layer
+    if decoder == "none":
+        expected += d * d + d
+    else:
+        expected += d * e + e + e + P * e + 2 * block(e, decoder == "cross") + final * e + e * d + d
+    if decoder == "cross":
+        expected += d * d + d
+    assert sum(p.numel() for p in net.parameters()) == expected
+    assert round(expected / 1e6) == millions
+
+
+def tokenizer_file(folder, vocab_size=300, text="the cat sat on the mat; a dog barked. "):
+    path = Path(folder) / "tokenizer.json"
+    data.train_bpe([text * 20, "Grüße, 你好\n  <mask> indeed\n" * 5], vocab_size, path)
+    return path
+
+
+@BOTH_NORMS
+@ALL_MODELS
+def test_hf_folder_is_transformers_model(norm, decoder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    net = model_of(decoder=decoder, norm=norm)
+    m.save_pretrained(net, tmp_path)
+    auto = transformers.AutoModelForMaskedLM if decoder == "none" else transformers.AutoModel
+    theirs, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert all("pooler" in name for name in info["missing_keys"])
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    theirs.eval()
+    tokens, mask = random_rows(), torch.arange(20) < torch.tensor([[20], [13], [7], [2]])
+    tokens[~mask] = VOCAB.pad
+    states = net.encoder(tokens, attention_mask=mask)
+    base = theirs.base_model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+    close(states[mask], base[mask])
+    if decoder == "none":
+        batch = random_batch()
+        close(
+            net.logits(batch),
+            theirs(batch.inputs).logits.gather(1, batch.predict[..., None].expand(-1, -1, 99)),
+        )
+    shape, encoder = m.load_pretrained(tmp_path)
+    assert asdict(shape) == asdict(
+        replace(net.config, decoder="none", n_embd_dec=16, n_layer_dec=2)
+    )
+    for name, p in net.encoder.state_dict().items():
+        assert torch.equal(p, encoder.state_dict()[name]), name
+
+
+def test_autotokenizer_gives_our_ids(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    m.save_pretrained(model_of(), tmp_path / "hf", tokenizer_file(tmp_path))
+    ours, vocab = data.load_tokenizer(tmp_path / "hf" / "tokenizer.json")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in ("the cat sat", "  Two  spaces\nand a dog barked.\n\n", "Grüße 你好 🎉", ""):
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert theirs(text)["input_ids"] == [vocab.bos, *ids, vocab.eos]
+        assert ours.decode(ids) == text
+    pair = theirs("the cat", "a dog")["input_ids"]
+    a, b = (ours.encode(t, add_special_tokens=False).ids for t in ("the cat", "a dog"))
+    assert pair == [0, *a, 2, 2, *b, 2]
+    assert theirs.mask_token_id == vocab.mask == vocab.size - 1
+    assert vocab.mask in theirs("the <mask> sat")["input_ids"]
+    assert vocab.mask not in ours.encode("the <mask> sat").ids  # in a corpus it is mere text
+
+
+# -------------------------------------------------------------------------------------------- data.py
+
+
+@pytest.mark.parametrize("n", [4, 20, 128, 513])
+@pytest.mark.parametrize("rate", [0.15, 0.4, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "strategy", [(0.8, 0.1, 0.1), (1, 0, 0), (0.8, 0.2, 0), (0.8, 0, 0.2), (0, 0, 1)]
+)
+def test_corruption_has_exact_counts(n, rate, strategy):
+    if round(rate * (n - 2)) == 0:
+        with pytest.raises(ValueError):
+            counts(n, rate, strategy)
+        return
+    rows = random_rows(8, n)
+    batch = corrupt(rows, rate, strategy, vocab=VOCAB)
+    k = round(rate * (n - 2))
+    n_m = round(strategy[0] * k)
+    n_r = round((strategy[0] + strategy[1]) * k) - n_m
+    assert batch.predict.shape == batch.labels.shape == (8, k) and batch.n_replaced == n_r
+    assert batch.masked.shape == (8, n_m) and batch.kept.shape == (8, n - n_m)
+    assert torch.equal(batch.labels, rows.gather(1, batch.predict))
+    for r in range(8):
+        masked, replaced, unchanged = batch.predict[r].split([n_m, n_r, k - n_m - n_r])
+        assert (
+            torch.equal(masked, batch.masked[r]) and (batch.inputs[r, masked] == VOCAB.mask).all()
+        )
+        assert all(
+            torch.equal(x, x.sort().values) for x in (masked, replaced, unchanged, batch.kept[r])
+        )
+        assert sorted(batch.kept[r].tolist() + masked.tolist()) == list(range(n))
+        assert len(set(batch.predict[r].tolist())) == k
+        same = torch.ones(n, dtype=bool)
+        same[masked] = same[replaced] = False
+        assert torch.equal(batch.inputs[r][same], rows[r][same])
+
+
+def test_specials_are_never_chosen_and_never_drawn():
+    rows = random_rows(64, 20)
+    rows[:, 3], rows[:, 7], rows[:, 8] = VOCAB.eos, VOCAB.unk, VOCAB.pad
+    batch = corrupt(rows, 0.8, (0.2, 0.8, 0.0), vocab=VOCAB)
+    assert not (batch.predict[..., None] == torch.tensor([0, 3, 7, 8, 19])).any()
+    words = batch.inputs.gather(1, batch.predict[:, batch.masked.size(1) :])
+    assert words.min() == 4 and words.max() == 97
+    with pytest.raises(ValueError, match="mask_rate"):
+        corrupt(rows, 1.0, vocab=VOCAB)
+
+
+def test_masks_and_words_are_uniform_and_independent():
+    stats = pytest.importorskip("scipy.stats")
+    R, n = 20_000, 22
+    rows = random_rows(1, n).expand(R, n)
+    batch = corrupt(
+        rows, 0.5, (0.5, 0.3, 0.2), vocab=VOCAB, generator=torch.Generator().manual_seed(1)
+    )
+    n_m, n_r, slots = batch.masked.size(1), batch.n_replaced, n - 2
+
+    def p_value(positions):
+        """Chi-square of how often each slot occurs when every row has exactly q of the 20."""
+        q = positions.size(1)
+        seen = torch.bincount(positions.flatten(), minlength=n)[1:-1].double()
+        p = q / slots
+        x = ((seen - R * p) ** 2).sum() / (R * p * (1 - p)) * (slots - 1) / slots
+        return stats.chi2.sf(float(x), slots - 1)
+
+    parts = batch.predict.split([n_m, n_r, batch.predict.size(1) - n_m - n_r], dim=1)
+    assert all(1e-4 < p_value(x) < 1 - 1e-4 for x in (batch.predict, *parts))
+    chosen = torch.zeros(R, n).scatter_(1, batch.masked, 1)[:, 1:-1]
+    together = (chosen.T @ chosen)[torch.triu(torch.ones(slots, slots), 1) > 0].double()
+    p = n_m * (n_m - 1) / (slots * (slots - 1))
+    assert ((together - R * p) / math.sqrt(R * p * (1 - p))).abs().max() < 4.5  # of 190 pairs
+    all_sets = math.comb(slots, n_m)  # rows differ as much as random sets of slots do
+    expected = all_sets * (1 - (1 - 1 / all_sets) ** R)
+    assert abs(len(torch.unique(chosen, dim=0)) / expected - 1) < 0.03
+    words = torch.bincount(batch.inputs.gather(1, parts[1]).flatten(), minlength=99)[4:98]
+    assert 1e-4 < stats.chisquare(words.numpy()).pvalue < 1 - 1e-4
+
+
+def test_same_generator_state_same_masks():
+    rows = random_rows()
+    a, b, c = (random_batch(rows=rows, seed=s) for s in (1, 1, 2))
+    assert all(torch.equal(x, y) for x, y in zip(a[:-1], b[:-1]))
+    assert not torch.equal(a.predict, c.predict)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_shuffled_is_a_permutation_that_its_key_decides(n):
+    a, b = (data.shuffled(np.arange(n), n, (key,)) for key in (1, 2))
+    assert sorted(a) == sorted(b) == list(range(n))
+    assert n < 16 or (a != b).sum() > n / 2
+    assert n < 16 or (a[data.shuffled(np.arange(n // 2), n, (9,))] != a[: n // 2]).any()
+    assert np.array_equal(data.shuffled(np.arange(n - 1, n), n, (1,)), a[-1:])
+
+
+def test_shuffled_sends_an_element_anywhere():
+    stats = pytest.importorskip("scipy.stats")
+    seen = Counter((int(data.shuffled(np.array([3]), 10, (key,))[0])) for key in range(4000))
+    assert stats.chisquare([seen[i] for i in range(10)]).pvalue > 1e-4
+
+
+TEXTS = [
+    "The cat sat.\nOn the mat.",
+    "A dog barked — twice.",
+    "Grüße <mask> </s>\tand 你好",
+    "one\ntwo  three",
+]
+
+
+def prepared(folder, texts=TEXTS * 3, doc="blank", **options):
+    source = Path(folder) / "text.txt"
+    source.write_text("\n\n".join(texts) + "\n\n\n", encoding="utf-8")
+    options = {"vocab_size": 300, "val": 0.3, **options}
+    data.prepare([source], Path(folder) / doc, doc, **options)
+    return Data(Path(folder) / doc)
+
+
+def documents(d, part):
+    """The texts of a token file, by its separators."""
+    tokenizer, vocab = data.load_tokenizer(d.tokenizer)
+    ids = d.tokens[part].tolist()
+    assert ids[-1] == vocab.eos
+    ends = [i for i, t in enumerate(ids) if t == vocab.eos]
+    return [tokenizer.decode(ids[a + 1 : b]) for a, b in zip([-1, *ends], ends)]
+
+
+@pytest.mark.parametrize("doc", ["blank", "line", "file"])
+def test_prepared_tokens_are_the_documents_shuffled(doc, tmp_path):
+    d = prepared(tmp_path, doc=doc, **({"val": 0.3})) if doc != "file" else None
+    if doc == "file":
+        for i, text in enumerate(TEXTS):
+            (tmp_path / f"{i}.txt").write_bytes(
+                b"\xef\xbb\xbf" * (i == 0) + text.replace("\n", "\r\n").encode()
+            )
+        data.main(
+            [
+                "--input",
+                str(tmp_path / "?.txt"),
+                "--doc",
+                "file",
+                "--out",
+                str(tmp_path / "file"),
+                "--vocab_size",
+                "300",
+            ]
+        )
+        d, expected = Data(tmp_path / "file"), TEXTS
+    else:
+        expected = TEXTS * 3 if doc == "blank" else [x for t in TEXTS * 3 for x in t.split("\n")]
+    found = documents(d, "val") + documents(d, "train")
+    assert sorted(found) == sorted(expected)
+    assert doc == "file" or found != expected
+    assert d.meta["documents"]["val"] == len(documents(d, "val")) >= 1
+
+
+def test_long_documents_are_cut_between_lines(tmp_path, monkeypatch):
+    text = "\n".join(f"line {i}: caf\u00e9 \u4f60\u597d" * (i % 7 + 1) for i in range(500))
+    (tmp_path / "wide").mkdir()
+    whole = prepared(tmp_path / "wide", [text, "end"])
+    monkeypatch.setattr(data, "PIECE", 101)
+    monkeypatch.setattr(data, "CHUNK", 150)
+    cut = prepared(tmp_path, [text, "end"])
+    for part in ("train", "val"):
+        assert documents(cut, part) == documents(whole, part)
+
+
+def test_roberta_layout_and_wide_ids(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    specials = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    for size, dtype in ((50265, "uint16"), (65537, "uint32")):
+        words = {**specials, **{c: i + 4 for i, c in enumerate(letters)}}
+        words |= {f"w{i}": i for i in range(len(words), size - 1)}
+        tokenizer = tokenizers.Tokenizer(
+            tokenizers.models.BPE(vocab={**words, "<mask>": size - 1}, merges=[])
+        )
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+        tokenizer.save(str(tmp_path / "roberta.json"))
+        (tmp_path / dtype).mkdir()
+        d = prepared(tmp_path / dtype, tokenizer=tmp_path / "roberta.json")
+        assert d.vocab == Vocab(size, 0, 1, 2, 3, size - 1) and d.meta["dtype"] == dtype
+        assert sorted(documents(d, "train") + documents(d, "val")) == sorted(TEXTS * 3)
+
+
+def test_rows_of_an_epoch_come_once_each_in_an_order_of_its_own(tmp_path):
+    d, n, B = prepared(tmp_path, TEXTS * 9), 10, 4
+    N = d.n_rows("train", n)
+    assert N == len(d.tokens["train"]) // 8 and N > 3 * B
+    everything = d.rows("train", np.arange(N), n)
+    assert (everything[:, 0] == 0).all() and (everything[:, -1] == 2).all()
+    assert np.array_equal(everything[:, 1:-1].ravel(), d.tokens["train"][: N * 8])
+    steps = 2 * N // B + 1
+    seen = torch.cat([d.batch(s, B, n, 1, seed=5) for s in range(steps)]).tolist()
+    epochs = [seen[:N], seen[N : 2 * N]]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(everything.tolist())
+    assert epochs[0] != epochs[1] and epochs[0] != everything.tolist()
+    assert d.batch(3, B, n, 1, seed=5).tolist() == seen[3 * B : 4 * B]
+    assert d.batch(3, B, n, 1, seed=6).tolist() != seen[3 * B : 4 * B]
+
+
+def test_a_row_of_separators_gives_way_to_the_next(tmp_path):
+    d = prepared(tmp_path, ["a"] * 40 + ["the cat sat on the mat; " * 20] * 2, doc="line")
+    rows, N = d.rows("train", np.arange(d.n_rows("train", 10)), 10), d.n_rows("train", 10)
+    words = (rows > 3).sum(1)
+    assert words.min() < 6 <= words.max()
+    got = d.full_rows("train", np.arange(N), 10, 6)
+    assert ((got > 3).sum(1) >= 6).all()
+    assert np.array_equal(got[words >= 6], rows[words >= 6])
+    with pytest.raises(SystemExit):
+        d.full_rows("train", np.arange(N), 10, 9)
+
+
+# ------------------------------------------------------------------------------------------- flops.py
+
+
+@ALL_MODELS
+@pytest.mark.parametrize("rate", [0.15, 0.5])
+@pytest.mark.parametrize("d_de", [16, 32])
+def test_flops_are_those_of_the_real_forward_pass(decoder, rate, d_de):
+    net, batch = (
+        model_of(decoder=decoder, n_embd_dec=d_de, n_layer_dec=3),
+        random_batch(B=1, rate=rate),
+    )
+    with (
+        torch.no_grad(),
+        nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        net(batch)
+    n_m, k = batch.masked.size(1), batch.predict.size(1)
+    assert counter.get_total_flops() == flops.forward(net.config, 20, n_m, k)
+
+
+def test_formulas_of_appendix_d_from_their_parts():
+    """A second derivation: products of matrices (rows, inner, columns), 2 FLOPs a multiply-add."""
+
+    def product(*sizes):
+        return 2 * math.prod(sizes)
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        b, u, l, l_de = rng.integers(1, 30, 4).tolist()
+        n, d, e, V = rng.integers(8, 4000, 4).tolist()
+        r = rng.uniform(0.05, 0.95)
+        n_m, n_e, k = 0.8 * r * n, n - 0.8 * r * n, r * n
+
+        def attention(q, kv, d):
+            return 2 * product(q, d, d) + 2 * product(kv, d, d) + 2 * product(q, kv, d)
+
+        def layer(t, d):
+            return attention(t, t, d) + 2 * product(t, d, 4 * d)
+
+        head = product(k, d, V)
+        vanilla = l * layer(n, d) + product(k, d, d) + head
+        encoder = l * layer(n_e, d) + product(n_e, d, e) + head
+        self_ = encoder + l_de * layer(n, e) + product(k, e, d)
+        cross = encoder + l_de * (layer(n_m, e) + attention(n_m, n_e, e))
+        cross += product(n_m, e, d) + product(k - n_m, d, d)
+        assert math.isclose(flops.roberta(b, u, l, n, d, r, V), 2 * b * u * vanilla)
+        args = (b, u, l, l_de, n, d, e, r, V)
+        assert math.isclose(flops.three_ml_self(*args), 2 * b * u * self_)
+        assert math.isclose(flops.three_ml_cross(*args), 2 * b * u * cross)
+
+
+def test_table_3(capsys):
+    flops.main()
+    rows = [
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("3ML", "Ro"))
+    ]
+    assert [row[4] for row in rows] == "1.34 1.46 1.36 1.00 1.22 1.00 1.28 1.00 1.00".split()
+    assert [row[5] for row in rows] == "1.34 1.47 1.37 1.00 1.22 1.00 1.28 1.00 1.00".split()
+
+
+# ------------------------------------------------------------------------------------------- train.py
+
+WORDS = "the cat sat on a mat and dog barked at moon while bird sang over hill".split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    return prepared(folder, [" ".join(rng.choice(WORDS, 60)) for _ in range(40)], val=0.2).directory
+
+
+def arguments(corpus, out, **changes):
+    flags = dict(
+        data=corpus, out=out, n_layer=1, n_embd=32, head_size=16, seq_len=16, batch_size=8, max_steps=4,
+        micro_batch_size=8, eval_every=2, save_every=1, log_every=1, eval_rows=16, device="cpu", dtype="fp32",
+    ) | changes  # fmt: skip
+    return [x for k, v in flags.items() for x in (f"--{k}", str(v))]
+
+
+def log_of(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def untimed(log):
+    return [{k: v for k, v in entry.items() if k not in ("tokens_per_s", "mfu")} for entry in log]
+
+
+def run_and_capture(argv, path):
+    """train.main, with the gradients that the optimizer sees at each step saved to `path`."""
+    grads = []
+
+    def hook(optimizer, *_):
+        groups = optimizer.param_groups
+        grads.append([p.grad.clone() for group in groups for p in group["params"]])
+
+    handle = register_optimizer_step_pre_hook(hook)
+    try:
+        train.main(argv)
+    finally:
+        handle.remove()
+    torch.save(grads, path)
+
+
+def one_of_two(rank, port, argv, path):
+    os.environ |= dict(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="localhost",
+        MASTER_PORT=port,
+    )
+    torch.set_num_threads(1)
+    run_and_capture(argv, f"{path}.{rank}")
+
+
+@BOTH_DECODERS
+def test_division_of_work_changes_nothing(decoder, corpus, tmp_path):
+    """One batch whole, in four micro-batches, and by two processes with two each: the same gradients before
+    every optimizer step, and the same log, in float64. Adam would hide a wrong divisor."""
+
+    def argv(name, micro):
+        return arguments(
+            corpus,
+            tmp_path / name,
+            decoder=decoder,
+            dropout=0,
+            dtype="fp64",
+            micro_batch_size=micro,
+        )
+
+    run_and_capture(argv("whole", 8), tmp_path / "whole.pt")
+    run_and_capture(argv("four", 2), tmp_path / "four.pt")
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    torch.multiprocessing.spawn(one_of_two, (port, argv("two", 2), tmp_path / "two"), nprocs=2)
+    whole, log = torch.load(tmp_path / "whole.pt"), untimed(log_of(tmp_path / "whole"))
+    for other, path in (("four", "four.pt"), ("two", "two.0"), ("two", "two.1")):
+        for a, b in zip(whole, torch.load(tmp_path / path), strict=True):
+            for x, y in zip(a, b, strict=True):
+                close(x, y, 1e-10)
+        for a, b in zip(log, untimed(log_of(tmp_path / other)), strict=True):
+            assert a.keys() == b.keys() and a.get("rows") == b.get("rows")
+            assert all(a[k] == b[k] or math.isclose(a[k], b[k], rel_tol=1e-10) for k in a)
+
+
+def same_state(a, b):
+    """Two checkpoints' contents, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k != "config")
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+@ALL_MODELS
+def test_resume_after_any_step_is_bit_identical(decoder, corpus, tmp_path, monkeypatch):
+    """A run of five steps with dropout on, against runs that go on from each of its checkpoints."""
+    real = train.save_checkpoint
+
+    def keep(path, state):
+        real(path, state)
+        shutil.copytree(path.parent, tmp_path / f"after{state['step']}")
+
+    def argv(name):
+        return arguments(corpus, tmp_path / name, decoder=decoder, max_steps=5)
+
+    monkeypatch.setattr(train, "save_checkpoint", keep)
+    train.main(argv("whole"))
+    monkeypatch.setattr(train, "save_checkpoint", real)
+    end = torch.load(tmp_path / "whole/ckpt.pt")
+    assert end["step"] == 5 and end["config"]["dropout"] == 0.1
+    for step in range(1, 5):
+        train.main(argv(f"after{step}"))
+        assert same_state(torch.load(tmp_path / f"after{step}/ckpt.pt"), end)
+        assert untimed(log_of(tmp_path / f"after{step}")) == untimed(log_of(tmp_path / "whole"))
+    first = torch.load(tmp_path / "after1/ckpt.prev.pt")
+    assert not same_state(first["model"], end["model"])
+
+
+def test_a_finished_run_is_not_started_over(corpus, tmp_path, capsys):
+    argv = arguments(corpus, tmp_path)
+    train.main(argv)
+    before = (tmp_path / "ckpt.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes()
+    train.main(argv)
+    assert "finished" in capsys.readouterr().out
+    assert before == ((tmp_path / "ckpt.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes())
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--lr", "0.5"])
+    assert "--lr 0.5" in capsys.readouterr().err
+    train.main([*argv, "--eval_only"])
+    assert "validation perplexity" in capsys.readouterr().out
+
+
+def test_validation_is_the_mean_of_its_tokens(corpus, tmp_path):
+    """The log's perplexities, from one undivided pass over the same rows and masks."""
+    train.main(
+        arguments(
+            corpus, tmp_path, micro_batch_size=2, eval_rows=5, strategy="0.5,0.3,0.2", mask_rate=0.5
+        )
+    )
+    d, state = Data(corpus), torch.load(tmp_path / "ckpt.pt")
+    config = train.Config(**{**state["config"], "strategy": (0.5, 0.3, 0.2)})
+    net = m.MaskedLM(train.model_config(config, d.vocab.size)).eval()
+    net.load_state_dict(state["model"])
+    entry = [e for e in log_of(tmp_path) if "val_loss" in e][-1]
+    for tag, rate in (("", 0.5), ("_15", 0.15)):
+        rows = torch.from_numpy(d.rows("val", np.arange(5), 16))
+        batch = corrupt(
+            rows, rate, config.strategy, vocab=d.vocab, generator=torch.Generator().manual_seed(0)
+        )
+        losses = net(batch)
+        kind = torch.zeros(batch.predict.shape)
+        kind[:, batch.masked.size(1) :] = 1
+        kind[:, batch.masked.size(1) + batch.n_replaced :] = 2
+        close(math.log(entry["ppl" + tag]), losses.mean().item())
+        close(entry["val_loss" + tag], losses.mean().item())
+        for i, name in enumerate(["ppl_masked", "ppl_replaced", "ppl_unchanged"]):
+            expected = losses[kind == i]
+            assert (entry[name + tag] is None) == (len(expected) == 0)
+            if len(expected):
+                close(math.log(entry[name + tag]), expected.mean().item())
+
+
+def test_recipes_are_table_4():
+    parsed = {
+        name: train.parse(["--recipe", name])[0] for name in ("efficient-large", "longer-base")
+    }
+    table = {
+        "n_layer": (24, 12), "n_embd": (1024, 768), "head_size": (64, 64), "n_layer_dec": (2, 2),
+        "dropout": (0.1, 0.1), "norm": ("pre", "post"), "seq_len": (128, 512), "n_positions": (128, 512),
+        "warmup": (0.06, 0.06), "lr": (2e-3, 7e-4), "batch_size": (4096, 2048), "weight_decay": (0.01, 0.01),
+        "max_steps": (23_000, 125_000), "grad_clip": (0, 0), "mask_rate": (0.5, 0.4), "decoder": ("self",) * 2,
+    }  # fmt: skip
+    for field, values in table.items():
+        assert tuple(getattr(c, field) for c in parsed.values()) == values, field
+    widths = [train.model_config(c, 99).n_embd_dec for c in parsed.values()]
+    assert widths == [512, 384]
+    assert train.parse(["--recipe", "longer-base", "--decoder", "cross"])[0].norm == "pre"
+    assert train.parse(["--recipe", "longer-base", "--decoder", "none"])[0].norm == "post"
+    optimizer = train.make_optimizer(model_of(), parsed["longer-base"])
+    matrices, rest = optimizer.param_groups
+    assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in rest["params"]} == {1}
+    assert (matrices["weight_decay"], rest["weight_decay"]) == (0.01, 0)
+    assert (matrices["betas"], matrices["eps"]) == ((0.9, 0.98), 1e-6)
+
+
+def test_learning_rate_rises_and_falls():
+    config = train.Config(max_steps=100, warmup=0.1, lr=1.0)
+    lrs = [train.lr_at(s, config) for s in range(100)]
+    points = np.interp(np.arange(100), [-1, 9, 10, 100], [0, 1, 1, 0])
+    assert np.allclose(lrs, points)
+    assert train.lr_at(0, replace(config, warmup=0.0)) == 1.0
+
+
+def test_init_starts_from_a_published_encoder(corpus, tmp_path):
+    size = Data(corpus).vocab.size
+    source = shaken(m.MaskedLM(config_of(vocab_size=size, n_positions=40, norm="pre")))
+    m.save_pretrained(source, tmp_path / "hf")
+    argv = arguments(corpus, tmp_path / "out", init=tmp_path / "hf", n_layer=2, lr=0, max_steps=1)
+    train.main(argv)
+    _, encoder = m.load_pretrained(tmp_path / "out/hf")
+    for name, p in source.encoder.state_dict().items():
+        assert torch.equal(p, encoder.state_dict()[name])
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--n_layer", "3"])
