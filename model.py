@@ -160,8 +160,8 @@ def take(x, index):
 
 
 def slots(batch):
-    """Where each of the n positions stands in (kept, masked), one after the other: (B, n). The argsort of a
-    permutation is its inverse."""
+    """Where each of the n positions stands in (kept, masked), one after the other: (B, n). The
+    argsort of a permutation is its inverse."""
     return torch.cat([batch.kept, batch.masked], dim=1).argsort(dim=1)
 
 
@@ -299,7 +299,11 @@ class Classifier(nn.Module):
 
     def __init__(self, config, n_classes):
         super().__init__()
-        self.config, self.n_classes = config, n_classes
+        self.config, self.n_classes, self.labels = (
+            config,
+            n_classes,
+            None,
+        )  # labels: the classes' words
         self.encoder = Encoder(config)
         self.drop = nn.Dropout(config.dropout)
         self.dense = nn.Linear(config.n_embd, config.n_embd)
@@ -392,8 +396,9 @@ def save_pretrained(model, directory, tokenizer_file=None):
         "tie_word_embeddings": True,
     }
     if isinstance(model, Classifier):
-        hf_config["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.n_classes)}
-        hf_config["label2id"] = {f"LABEL_{i}": i for i in range(model.n_classes)}
+        labels = model.labels or [f"LABEL_{i}" for i in range(model.n_classes)]
+        hf_config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        hf_config["label2id"] = {label: i for i, label in enumerate(labels)}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.n_positions,
@@ -506,3 +511,16 @@ def load_pretrained(directory):
         ours[name] = weight
     encoder.load_state_dict(ours)
     return config, encoder
+
+
+def load_classifier(directory, n_classes):
+    """A Classifier with its head, from a folder that save_pretrained wrote of one. Raises
+    ValueError."""
+    config, encoder = load_pretrained(directory)
+    model, weights = Classifier(config, n_classes), read_weights(Path(directory))
+    model.encoder.load_state_dict(encoder.state_dict())
+    for module, name in ((model.dense, "classifier.dense"), (model.out, "classifier.out_proj")):
+        if weights.get(f"{name}.weight", torch.empty(0)).shape != module.weight.shape:
+            raise ValueError(f"{directory}: holds no classifier of {n_classes} classes")
+        module.load_state_dict({p: weights[f"{name}.{p}"] for p in ("weight", "bias")})
+    return model

@@ -2,10 +2,9 @@
 
     pytest test_3ml.py
 
-Each compares with something independent (transformers, torch's own layers, scipy, FlopCounterMode, a
-count by hand) or holds two runs to a relation that a mistake would break. A comparison whose library is
-not installed is skipped.
-"""
+Each compares with something independent (transformers, torch's own layers, scipy,
+FlopCounterMode, a count by hand) or holds two runs to a relation that a mistake would break. A
+comparison whose library is not installed is skipped."""
 
 import json
 import math
@@ -74,7 +73,8 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# ------------------------------------------------------------------------------------------- model.py
+# -------------------------------------------------------------------------------------------
+# model.py
 
 
 def hf_model(norm, head, **changes):
@@ -208,8 +208,9 @@ def test_encoder_states_depend_on_kept_tokens_alone():
 
 
 def copy_rule(B, h, vocab):
-    """Rows whose second half repeats the first. Of each pair of twins one may be masked, the other is
-    kept; a quarter of the pairs stay whole, and one of their twins is predicted, unchanged."""
+    """Rows whose second half repeats the first. Of each pair of twins one may be masked, the
+    other is kept; a quarter of the pairs stay whole, and one of their twins is predicted,
+    unchanged."""
     half = torch.randint(4, vocab.size - 1, (B, h))
     rows = torch.cat([half, half], dim=1)
     order, side = torch.rand(B, h).argsort(1), torch.randint(2, (B, h))
@@ -227,7 +228,8 @@ def copy_rule(B, h, vocab):
     [("self", "post"), ("self", "pre"), ("cross", "pre"), ("none", "post"), ("none", "pre")],
 )
 def test_learns_a_rule_of_position_under_fresh_masks(decoder, norm):
-    """Chance is ln 12 = 2.5 nats; only positions and labels that belong together bring it near 0."""
+    """Chance is ln 12 = 2.5 nats; only positions and labels that belong together bring it near
+    0."""
     vocab, h = Vocab(size=17, mask=16), 6
     net = m.MaskedLM(m.ModelConfig(17, 2 * h, 2, 48, 24, decoder, 2, 48, norm, 0.0))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
@@ -326,7 +328,8 @@ def test_autotokenizer_gives_our_ids(tmp_path):
     assert vocab.mask not in ours.encode("the <mask> sat").ids  # in a corpus it is mere text
 
 
-# -------------------------------------------------------------------------------------------- data.py
+# --------------------------------------------------------------------------------------------
+# data.py
 
 
 @pytest.mark.parametrize("n", [4, 20, 128, 513])
@@ -539,7 +542,8 @@ def test_a_row_of_separators_gives_way_to_the_next(tmp_path):
         d.full_rows("train", np.arange(N), 10, 9)
 
 
-# ------------------------------------------------------------------------------------------- flops.py
+# -------------------------------------------------------------------------------------------
+# flops.py
 
 
 @ALL_MODELS
@@ -602,7 +606,8 @@ def test_table_3(capsys):
     assert [row[5] for row in rows] == "1.34 1.47 1.37 1.00 1.22 1.00 1.28 1.00 1.00".split()
 
 
-# ------------------------------------------------------------------------------------------- train.py
+# -------------------------------------------------------------------------------------------
+# train.py
 
 WORDS = "the cat sat on a mat and dog barked at moon while bird sang over hill".split()
 
@@ -660,8 +665,9 @@ def one_of_two(rank, port, argv, path):
 
 @BOTH_DECODERS
 def test_division_of_work_changes_nothing(decoder, corpus, tmp_path):
-    """One batch whole, in four micro-batches, and by two processes with two each: the same gradients before
-    every optimizer step, and the same log, in float64. Adam would hide a wrong divisor."""
+    """One batch whole, in four micro-batches, and by two processes with two each: the same
+    gradients before every optimizer step, and the same log, in float64. Adam would hide a wrong
+    divisor."""
 
     def argv(name, micro):
         return arguments(

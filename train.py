@@ -273,7 +273,9 @@ def pick_device(name="auto"):
         fail("--device cuda: torch sees no GPU here; use --device cpu")
     elif name == "mps" and not torch.backends.mps.is_available():
         fail("--device mps: not available here; use --device cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name != "cuda":
+        return torch.device(name)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 def pick_dtype(name, device):
