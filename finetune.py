@@ -633,7 +633,7 @@ def parse(argv=None):
         "--seed", type=int, nargs="+", help="of head, order and dropout (default 0)"
     )
     parser.add_argument(
-        "--max_len", type=int, default=128, help="tokens of an example (default 128)"
+        "--max_len", type=int, help="tokens of an example (default 128, or the encoder's n_positions)"
     )
     parser.add_argument(
         "--sweep", action="store_true", help="Table 5's grid and five seeds, where not given"
@@ -676,7 +676,7 @@ def parse(argv=None):
             fail(f"--{name} {getattr(args, name)}: must be above 0")
     if min(args.seed or [0]) < 0:
         fail(f"--seed {args.seed}: must not be negative")
-    if args.max_len < 8:
+    if args.max_len is not None and args.max_len < 8:
         fail(f"--max_len {args.max_len}: must be at least 8")
     return args
 
@@ -693,7 +693,8 @@ def machine_for(args):
 def main(argv=None):
     args = parse(argv)
     tokenizer, vocab = load_tokenizer(Path(args.init) / "tokenizer.json")
-    build(args.init, False, 1, None, 0, args.max_len)  # an --init that cannot be read fails now
+    positions = build(args.init, False, 1, None, 0, args.max_len or 8).config.n_positions
+    args.max_len = args.max_len or min(128, positions)
     machine = machine_for(args)
     try:
         if args.train:
