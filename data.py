@@ -66,7 +66,8 @@ def atomic(path, mode="wb"):
     except OSError as e:
         tmp.unlink(missing_ok=True)
         fail(
-            f"{path}: cannot be written ({e.strerror or e}); free some space or choose another folder"
+            f"{path}: cannot be written ({e.strerror or e}); free some space or choose another "
+            "folder"
         )
 
 
@@ -146,7 +147,8 @@ def load_tokenizer(path):
     ids = {name: tokenizer.token_to_id(token) for name, token in SPECIALS.items()}
     if [ids["bos"], ids["pad"], ids["eos"], ids["unk"]] != [0, 1, 2, 3] or ids["mask"] is None:
         fail(
-            f"{path}: needs RoBERTa's specials, <s> <pad> </s> <unk> as ids 0-3 and a <mask>; has {ids}"
+            f"{path}: needs RoBERTa's specials, <s> <pad> </s> <unk> as ids 0-3 and a <mask>; "
+            f"has {ids}"
         )
     return tokenizer, Vocab(tokenizer.get_vocab_size(), **ids)
 
@@ -241,7 +243,8 @@ def index_documents(files, doc, out):
                         decoder.decode(line)
                     except UnicodeDecodeError:
                         fail(
-                            f"{path}: line {line_number} is not UTF-8; convert the file, as with iconv"
+                            f"{path}: line {line_number} is not UTF-8; convert the file, as "
+                            "with iconv"
                         )
                     if b"\0" in line:
                         fail(f"{path}: line {line_number} holds a zero byte; text files only")
@@ -363,7 +366,8 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val=0.01,
     tokens, documents = meta["tokens"], meta["documents"]
     print(
         f"{out}: {tokens['train']:,} tokens of {documents['train']:,} documents to train on, "
-        f"{tokens['val']:,} of {documents['val']:,} to validate, vocabulary {vocab.size:,} ({dtype})"
+        f"{tokens['val']:,} of {documents['val']:,} to validate, vocabulary {vocab.size:,} "
+        f"({dtype})"
     )
 
 
@@ -377,7 +381,7 @@ def bpe_sample(files, index, seed):
             return
 
 
-def prepare_default(out=DEFAULT_DATA, vocab_size=4096):
+def prepare_default(out=DEFAULT_DATA, vocab_size=2048):
     """The default corpus, from nothing but the installed packages."""
     text = Path(out) / "corpus.txt"
     if not text.exists():
@@ -403,7 +407,8 @@ def read_meta(directory):
         return meta
     except FileNotFoundError:
         fail(
-            f"{path}: no such file; prepare data first: python data.py --input FILES --out {directory}"
+            f"{path}: no such file; prepare data first: python data.py --input FILES --out "
+            f"{directory}"
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         fail(f"{path}: damaged ({e!r}); delete {directory} and prepare the data again")
@@ -475,7 +480,8 @@ class Data:
             rows[short] = self.rows(part, indices[short], n)
         path = self.directory / f"{part}.bin"
         fail(
-            f"{path}: no row of {n} has {k} tokens to predict: lower mask_rate, or longer documents (--doc)"
+            f"{path}: no row of {n} has {k} tokens to predict: lower mask_rate, or longer "
+            "documents (--doc)"
         )
 
 
@@ -582,7 +588,7 @@ def main(argv=None):
     parser.add_argument(
         "--vocab_size",
         type=int,
-        help="of the BPE to train (default 16384; 4096 for the default corpus)",
+        help="of the BPE to train (default 16384; 2048 for the default corpus)",
     )
     parser.add_argument(
         "--out", help=f"the folder to write (default {DEFAULT_DATA} for the default corpus)"
@@ -609,7 +615,7 @@ def main(argv=None):
     if args.seed < 0:
         fail(f"--seed {args.seed}: must not be negative")
     if args.input is None:
-        return prepare_default(args.out or DEFAULT_DATA, args.vocab_size or 4096)
+        return prepare_default(args.out or DEFAULT_DATA, args.vocab_size or 2048)
     if not args.out:
         fail("--out: missing; name the folder to write")
     files = []

@@ -103,7 +103,8 @@ class Task:
 TWO, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
 TASKS = {
     "MNLI": Task((8, 9, -1), (8, 9), ("entailment", "neutral", "contradiction"), ("acc",), 392_702,
-                 dev=("dev_matched", "dev_mismatched"), tests=(("test_matched", "-m"), ("test_mismatched", "-mm"))),
+                 dev=("dev_matched", "dev_mismatched"),
+                 tests=(("test_matched", "-m"), ("test_mismatched", "-mm"))),
     "CoLA": Task((3, None, 1), (1, None), TWO, ("mcc",), 8_551, header=False),
     "SST-2": Task((0, None, 1), (1, None), TWO, ("acc",), 67_349),
     "MRPC": Task((3, 4, 0), (3, 4), TWO, ("f1", "acc"), 3_668),
@@ -114,7 +115,7 @@ TASKS = {
 }  # fmt: skip
 FROM_MNLI = ("RTE", "STS-B", "MRPC")  # start from MNLI's model (Table 5)
 LARGE_TASKS = ("QQP", "MNLI", "QNLI")
-AVERAGE = "average = mean of the eight tasks' scores; a task's score = mean of its metrics, MNLI's of m and mm"
+AVERAGE = "the mean of the eight tasks' scores, each the mean of its metrics, MNLI's of m and mm"
 
 
 @dataclass
@@ -161,7 +162,8 @@ def read_split(path, columns, labels, header=True, bad_rows=False):
                 dropped += 1
                 continue
             fail(
-                f"{path}: line {number} has {len(fields)} fields, not the {max(width, need)} it needs; mend the file"
+                f"{path}: line {number} has {len(fields)} fields, not the {max(width, need)} "
+                "it needs; mend the file"
             )
         a.append(fields[columns[0]].strip())
         b.append(fields[columns[1]].strip() if columns[1] is not None else None)
@@ -211,7 +213,8 @@ def read_own(args):
     head = read_tsv(args.train)[0]
     if "sentence1" not in head or "label" not in head:
         fail(
-            f"{args.train}: line 1 must name the columns sentence1, label and, for pairs, sentence2; it has {head}"
+            f"{args.train}: line 1 must name the columns sentence1, label and, for pairs, "
+            f"sentence2; it has {head}"
         )
     columns = own_columns(args.train, True)
     labels = None
@@ -227,7 +230,8 @@ def read_own(args):
         )
         if not 2 <= len(labels) <= 1000:
             fail(
-                f"{args.train}: {len(labels)} different labels; classes need 2 or more (--regression for numbers)"
+                f"{args.train}: {len(labels)} different labels; classes need 2 or more "
+                "(--regression for numbers)"
             )
     task = Task(columns, (), labels, ("pearson", "spearman") if args.regression else ("acc",), 0)
     return (
@@ -456,7 +460,9 @@ def summarise(runs):
         scores = [r["score"] for r in best]
         summary[name] = dict(
             score=statistics.median(scores), spread=[min(scores), max(scores)], seeds=len(best),
-            metrics={m: statistics.median(r["metrics"][m] for r in best) for m in best[0]["metrics"]},
+            metrics={
+                m: statistics.median(r["metrics"][m] for r in best) for m in best[0]["metrics"]
+            },
             collapsed=sum(r["collapsed"] for r in runs if r["task"] == name),
             runs=sum(r["task"] == name for r in runs), subset=best[0].get("subset", False),
         )  # fmt: skip
@@ -496,9 +502,8 @@ def print_table(results, missing):
         metrics = "  ".join(f"{m} {100 * v:.1f}" for m, v in s["metrics"].items())
         spread = f"{100 * s['spread'][0]:.1f}-{100 * s['spread'][1]:.1f}"
         notes = ["subset"] * s["subset"] + [f"{s['collapsed']} collapsed"] * bool(s["collapsed"])
-        print(
-            f"{name:<9}{metrics:<34}{100 * s['score']:>7.1f}{spread:>14}{s['seeds']:>7}{s['runs']:>6}  {', '.join(notes)}"
-        )
+        cells = f"{100 * s['score']:>7.1f}{spread:>14}{s['seeds']:>7}{s['runs']:>6}"
+        print(f"{name:<9}{metrics:<34}{cells}  {', '.join(notes)}")
     for name in missing:
         print(f"{name:<9}missing")
     if "average" in summary:
@@ -538,7 +543,8 @@ def run_tasks(names, args, load, tokenizer, vocab, machine):
             subset = 0 < e.n < 0.99 * e.task.rows
             dropped = f", {e.dropped} malformed rows dropped" if e.dropped else ""
             print(
-                f"{name}: {e.n:,} examples{' (subset)' if subset else ''}, {e.cut:,} cut to {args.max_len} tokens{dropped}",
+                f"{name}: {e.n:,} examples{' (subset)' if subset else ''}, {e.cut:,} cut to "
+                f"{args.max_len} tokens{dropped}",
                 flush=True,
             )
         result, model = run_once(
@@ -548,7 +554,8 @@ def run_tasks(names, args, load, tokenizer, vocab, machine):
         record(args.out, result, model, Path(args.init) / "tokenizer.json")
         metrics = "  ".join(f"{m} {100 * v:.1f}" for m, v in result["metrics"].items())
         print(
-            f"{name} {settings}: {metrics}{'  COLLAPSED' * result['collapsed']}  ({result['seconds']:.0f} s)",
+            f"{name} {settings}: {metrics}{'  COLLAPSED' * result['collapsed']}  "
+            f"({result['seconds']:.0f} s)",
             flush=True,
         )
     if machine.world > 1:
@@ -633,7 +640,9 @@ def parse(argv=None):
         "--seed", type=int, nargs="+", help="of head, order and dropout (default 0)"
     )
     parser.add_argument(
-        "--max_len", type=int, help="tokens of an example (default 128, or the encoder's n_positions)"
+        "--max_len",
+        type=int,
+        help="tokens of an example (default 128, or the encoder's n_positions)",
     )
     parser.add_argument(
         "--sweep", action="store_true", help="Table 5's grid and five seeds, where not given"

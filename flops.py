@@ -141,8 +141,10 @@ def main():
         print(f"{name:<20}{size:<7}{u:>8,}{total:>10.2e}{ratio:>10.2f}{paper:>7.2f}{mark}")
     print(
         "* differ. 3ML-large: by 0.01, the paper's rounding or token counts of its batches."
-        "\n  24hBERT-40%: its prediction layer sees 40% of the tokens instead of 15%, which Table 3 leaves"
-        "\n  out. The table's BERT and ELECTRA (1.15 both) are not here: 1.15 does not follow from Eq. 2"
+        "\n  24hBERT-40%: its prediction layer sees 40% of the tokens instead of 15%, which "
+        "Table 3 leaves"
+        "\n  out. The table's BERT and ELECTRA (1.15 both) are not here: 1.15 does not follow "
+        "from Eq. 2"
         "\n  with the settings that the paper states for them."
     )
     print("\nFigure 5's speed-up: the large model against vanilla MLM at 15%")

@@ -469,7 +469,8 @@ def load_pretrained(directory):
             raise ValueError(f"model_type is {kind!r}, not one of {[*MODEL_TYPES.values()]}")
         if (eps, act, hf["intermediate_size"]) != (1e-5, "gelu", 4 * d):
             raise ValueError(
-                "needs layer_norm_eps 1e-05, hidden_act gelu, intermediate_size 4 * hidden_size; has "
+                "needs layer_norm_eps 1e-05, hidden_act gelu, intermediate_size 4 * "
+                "hidden_size; has "
                 f"{eps}, {act}, {hf['intermediate_size']}"
             )
         config = ModelConfig(

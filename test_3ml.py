@@ -83,7 +83,8 @@ def hf_model(norm, head, **changes):
     name = {"post": "Roberta", "pre": "RobertaPreLayerNorm"}[norm]
     hf_config = getattr(transformers, f"{name}Config")(
         vocab_size=99, max_position_embeddings=22, num_hidden_layers=2, hidden_size=32,
-        num_attention_heads=2, intermediate_size=128, type_vocab_size=1, layer_norm_eps=1e-5, **changes,
+        num_attention_heads=2, intermediate_size=128, type_vocab_size=1, layer_norm_eps=1e-5,
+        **changes,
     )  # fmt: skip
     return shaken(getattr(transformers, f"{name}{head}")(hf_config))
 
@@ -516,7 +517,7 @@ def test_roberta_layout_and_wide_ids(tmp_path):
 def test_rows_of_an_epoch_come_once_each_in_an_order_of_its_own(tmp_path):
     d, n, B = prepared(tmp_path, TEXTS * 9), 10, 4
     N = d.n_rows("train", n)
-    assert N == len(d.tokens["train"]) // 8 and N > 3 * B
+    assert len(d.tokens["train"]) // 8 == N and N > 3 * B
     everything = d.rows("train", np.arange(N), n)
     assert (everything[:, 0] == 0).all() and (everything[:, -1] == 2).all()
     assert np.array_equal(everything[:, 1:-1].ravel(), d.tokens["train"][: N * 8])
@@ -602,14 +603,51 @@ def test_table_3(capsys):
         for line in capsys.readouterr().out.splitlines()
         if line.startswith(("3ML", "Ro"))
     ]
-    assert [row[4] for row in rows] == "1.34 1.46 1.36 1.00 1.22 1.00 1.28 1.00 1.00".split()
-    assert [row[5] for row in rows] == "1.34 1.47 1.37 1.00 1.22 1.00 1.28 1.00 1.00".split()
+    assert [row[4] for row in rows] == [
+        "1.34",
+        "1.46",
+        "1.36",
+        "1.00",
+        "1.22",
+        "1.00",
+        "1.28",
+        "1.00",
+        "1.00",
+    ]
+    assert [row[5] for row in rows] == [
+        "1.34",
+        "1.47",
+        "1.37",
+        "1.00",
+        "1.22",
+        "1.00",
+        "1.28",
+        "1.00",
+        "1.00",
+    ]
 
 
 # -------------------------------------------------------------------------------------------
 # train.py
 
-WORDS = "the cat sat on a mat and dog barked at moon while bird sang over hill".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "dog",
+    "barked",
+    "at",
+    "moon",
+    "while",
+    "bird",
+    "sang",
+    "over",
+    "hill",
+]
 
 
 @pytest.fixture(scope="session")
@@ -621,8 +659,10 @@ def corpus(tmp_path_factory):
 
 def arguments(corpus, out, **changes):
     flags = dict(
-        data=corpus, out=out, n_layer=1, n_embd=32, head_size=16, seq_len=16, batch_size=8, max_steps=4,
-        micro_batch_size=8, eval_every=2, save_every=1, log_every=1, eval_rows=16, device="cpu", dtype="fp32",
+        data=corpus, out=out, n_layer=1, n_embd=32, head_size=16, seq_len=16, batch_size=8,
+        max_steps=4,
+        micro_batch_size=8, eval_every=2, save_every=1, log_every=1, eval_rows=16, device="cpu",
+        dtype="fp32",
     ) | changes  # fmt: skip
     return [x for k, v in flags.items() for x in (f"--{k}", str(v))]
 
@@ -781,9 +821,12 @@ def test_recipes_are_table_4():
     }
     table = {
         "n_layer": (24, 12), "n_embd": (1024, 768), "head_size": (64, 64), "n_layer_dec": (2, 2),
-        "dropout": (0.1, 0.1), "norm": ("pre", "post"), "seq_len": (128, 512), "n_positions": (128, 512),
-        "warmup": (0.06, 0.06), "lr": (2e-3, 7e-4), "batch_size": (4096, 2048), "weight_decay": (0.01, 0.01),
-        "max_steps": (23_000, 125_000), "grad_clip": (0, 0), "mask_rate": (0.5, 0.4), "decoder": ("self",) * 2,
+        "dropout": (0.1, 0.1), "norm": ("pre", "post"), "seq_len": (128, 512), 
+        "n_positions": (128, 512),
+        "warmup": (0.06, 0.06), "lr": (2e-3, 7e-4), "batch_size": (4096, 2048), 
+        "weight_decay": (0.01, 0.01),
+        "max_steps": (23_000, 125_000), "grad_clip": (0, 0), "mask_rate": (0.5, 0.4), 
+        "decoder": ("self",) * 2,
     }  # fmt: skip
     for field, values in table.items():
         assert tuple(getattr(c, field) for c in parsed.values()) == values, field

@@ -102,8 +102,8 @@ class Config:
 # Table 4, and one of ours for a first look
 RECIPES = {
     "tiny": dict(
-        n_layer=4, n_embd=256, mask_rate=0.5, seq_len=64, batch_size=32, micro_batch_size=32,
-        max_steps=2000, lr=2e-3, eval_every=500, save_every=500,
+        n_layer=3, n_embd=256, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=64, batch_size=32,
+        micro_batch_size=32, max_steps=2400, lr=4e-3, eval_every=400, save_every=400,
     ),
     "efficient-large": dict(
         n_layer=24, n_embd=1024, mask_rate=0.5, norm="pre", seq_len=128, batch_size=4096,
@@ -166,7 +166,8 @@ def shape_of_init(config, given):
     for name in shape.keys() & given.keys():
         if given[name] != shape[name]:
             fail(
-                f"--{name} {given[name]}: the encoder in {config.init} has {shape[name]}; leave it out"
+                f"--{name} {given[name]}: the encoder in {config.init} has {shape[name]}; "
+                "leave it out"
             )
     return replace(config, **shape)
 
@@ -490,7 +491,8 @@ def same_run(config, saved):
             and old != new
         ):
             fail(
-                f"--{f.name} {new}: the run in {config.out} has {old}; go on with that, or choose another "
+                f"--{f.name} {new}: the run in {config.out} has {old}; go on with that, or "
+                "choose another "
                 "--out"
             )
 
@@ -618,7 +620,8 @@ def train(model, data, config, machine, log, state, caught):
                 }  # fmt: skip
                 log.write(entry)
                 machine.say(
-                    f"step {done:>6}/{config.max_steps}  loss {loss:.3f}  lr {lr:.2e}  grad {norm:.2f}  "
+                    f"step {done:>6}/{config.max_steps}  loss {loss:.3f}  lr {lr:.2e}  grad "
+                    f"{norm:.2f}  "
                     f"{entry['tokens_per_s']:,} tok/s"
                     + (f"  mfu {entry['mfu']:.0%}" if peak else "")
                 )
@@ -629,7 +632,8 @@ def train(model, data, config, machine, log, state, caught):
             if machine.rank == 0:
                 log.write(entry)
             machine.say(
-                f"step {done:>6}/{config.max_steps}  validation loss {entry['val_loss']:.3f}  perplexity "
+                f"step {done:>6}/{config.max_steps}  validation loss {entry['val_loss']:.3f}  "
+                "perplexity "
                 f"{entry['ppl']:.1f}, of masked tokens {entry['ppl_masked']:.1f}"
             )
             clock += time.perf_counter() - start
@@ -656,8 +660,10 @@ def stop_if_diverged(loss, norm, scaler, step, lr, out):
     fine = math.isfinite(norm) if scaler is None else scaler.get_scale() > 1e-4
     if not (math.isfinite(loss) and fine):
         fail(
-            f"step {step + 1}, lr {lr:.2e}: loss {loss}, gradient norm {norm}: the run has diverged; go on from "
-            f"the checkpoint in {out} with --grad_clip 1 (Table 4's advice), or a lower --lr in a new --out"
+            f"step {step + 1}, lr {lr:.2e}: loss {loss}, gradient norm {norm}: the run has "
+            "diverged; go on from "
+            f"the checkpoint in {out} with --grad_clip 1 (Table 4's advice), or a lower --lr "
+            "in a new --out"
         )
 
 
@@ -699,12 +705,14 @@ def report(model, data, config, machine, log, steps):
     vanilla = 3 * flops.forward(vanilla, config.seq_len, n_m, k)
     rows = steps * config.batch_size
     print(
-        f"\nFLOPs of {rows * config.seq_len:,} tokens, forward and backward: {spent * rows:.2e}; vanilla MLM "
+        f"\nFLOPs of {rows * config.seq_len:,} tokens, forward and backward: "
+        f"{spent * rows:.2e}; vanilla MLM "
         f"at 15% takes {vanilla * rows:.2e}, {vanilla / spent:.2f} times as many"
     )
     out = Path(config.out)
     print(
-        f"\n{out}/hf: the encoder, for  python finetune.py --task CoLA --glue GLUE_DIR --init {out}/hf"
+        f"\n{out}/hf: the encoder, for  python finetune.py --task CoLA --glue GLUE_DIR --init "
+        f"{out}/hf"
     )
     print(f"{' ' * len(str(out))}     or  transformers.AutoModel.from_pretrained('{out}/hf')")
     print(f"{out}/log.jsonl: the numbers of the run; {out}/ckpt.pt: everything, the decoder too")
@@ -746,7 +754,8 @@ def prepare_run(config, machine):
     micro = min(config.micro_batch_size, share)
     if share % 1 or share % micro:
         fail(
-            f"--batch_size {config.batch_size}: must be a multiple of processes x micro_batch_size, "
+            f"--batch_size {config.batch_size}: must be a multiple of processes x "
+            "micro_batch_size, "
             f"{machine.world} x {config.micro_batch_size}"
         )
     if config.data == DEFAULT_DATA and not (Path(config.data) / "meta.json").exists():
@@ -782,7 +791,8 @@ def resume(config, machine, data, model):
             fail(f"--data {config.data}: not the data that the run in {out} was trained on")
         if state["config"]["max_steps"] != config.max_steps:
             machine.say(
-                f"warning: --max_steps was {state['config']['max_steps']}, is {config.max_steps}: the learning "
+                f"warning: --max_steps was {state['config']['max_steps']}, is "
+                f"{config.max_steps}: the learning "
                 "rate's schedule changes with it"
             )
         model.load_state_dict(state["model"])
@@ -806,8 +816,10 @@ def main(argv=None):
         k, n_m, n_r = counts(config.seq_len, config.mask_rate, config.strategy)
         machine.say(
             f"{sum(p.numel() for p in model.parameters()):,} parameters on {machine.world} x "
-            f"{machine.device.type} in {str(machine.dtype)[6:]}; rows of {config.seq_len}: {n_m} masked, {n_r} "
-            f"replaced, {k - n_m - n_r} unchanged; {data.n_rows('train', config.seq_len):,} rows an epoch"
+            f"{machine.device.type} in {str(machine.dtype)[6:]}; rows of {config.seq_len}: "
+            f"{n_m} masked, {n_r} "
+            f"replaced, {k - n_m - n_r} unchanged; {data.n_rows('train', config.seq_len):,} "
+            "rows an epoch"
         )
         if eval_only:
             entry = evaluate(model, validation_batches(data, config), config, machine)

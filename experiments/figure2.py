@@ -1,4 +1,5 @@
-"""Draws experiments/figure2.svg, our Figure 2: one sentence through vanilla MLM, 3MLself and 3MLcross.
+"""Draws experiments/figure2.svg, our Figure 2: one sentence through vanilla MLM, 3MLself and
+3MLcross.
 
 python experiments/figure2.py
 """
@@ -23,7 +24,8 @@ def box(x, y, w, h, text, fill, size=13, bold=False):
 
 
 def label(x, y, text, size=13, anchor="middle"):
-    return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{DARK}">{text}</text>'
+    style = f'font-size="{size}" text-anchor="{anchor}" fill="{DARK}"'
+    return f'<text x="{x}" y="{y}" {style}>{text}</text>'
 
 
 def arrow(x, y1, y2):

@@ -1,15 +1,17 @@
-"""Seconds per step of 3ML, of vanilla MLM in the same code, and of transformers' RoBERTa, in one run.
+"""Seconds per step of 3ML, of vanilla MLM in the same code, and of transformers' RoBERTa, in one
+run.
 
     python experiments/speed.py                               CPU: base, n 128, batch 16
-    python experiments/speed.py --shape large --batch 8 --rounds 4 --only vanilla-15 self-50 self-40 cross-40
-    python experiments/speed.py --device cuda --shape large --batch 1024 --micro 256 --compile yes
+    python experiments/speed.py --shape large --batch 8 --rounds 4 --only vanilla-15 self-50
+    self-40 cross-40 python experiments/speed.py --device cuda --shape large --batch 1024 --micro
+    256 --compile yes
 
-On a CPU each contender is a process of its own (so that memory and allocator are its own) and they take
-turns, one step each, A B C A B C ...; on a GPU they come one after another in one process. A step is what
-train.py does: rows, corruption, forward, backward, gradient norm, optimizer. `hf-15 default` is transformers
-as it comes under the same autocast and optimizer; `hf-15` has train.py's allocator settings and compile too.
-Prints a table, and writes it with every step's seconds to --out as JSON.
-"""
+On a CPU each contender is a process of its own (so that memory and allocator are its own) and
+they take turns, one step each, A B C A B C ...; on a GPU they come one after another in one
+process. A step is what train.py does: rows, corruption, forward, backward, gradient norm,
+optimizer. `hf-15 default` is transformers as it comes under the same autocast and optimizer;
+`hf-15` has train.py's allocator settings and compile too. Prints a table, and writes it with
+every step's seconds to --out as JSON."""
 
 import argparse
 import json
@@ -35,9 +37,14 @@ SHAPES = {
     "large": dict(n_layer=24, n_embd=1024, norm="pre", seq_len=128),
 }
 MODELS = {  # decoder, masking rate
-    "hf-15 default": ("hf", 0.15), "hf-15": ("hf", 0.15), "vanilla-15": ("none", 0.15), "vanilla-40": ("none", 0.4),
-    "self-40": ("self", 0.4), "self-50": ("self", 0.5), "cross-40": ("cross", 0.4),
-}  # fmt: skip
+    "hf-15 default": ("hf", 0.15),
+    "hf-15": ("hf", 0.15),
+    "vanilla-15": ("none", 0.15),
+    "vanilla-40": ("none", 0.4),
+    "self-40": ("self", 0.4),
+    "self-50": ("self", 0.5),
+    "cross-40": ("cross", 0.4),
+}
 
 
 class RandomTokens(Data):
@@ -58,10 +65,15 @@ class HuggingFace(torch.nn.Module):
 
         name = "Roberta" if config.norm == "post" else "RobertaPreLayerNorm"
         c = getattr(transformers, name + "Config")(
-            vocab_size=50265, max_position_embeddings=config.seq_len + 2, num_hidden_layers=config.n_layer,
-            hidden_size=config.n_embd, num_attention_heads=config.n_embd // 64, intermediate_size=4 * config.n_embd,
-            type_vocab_size=1, layer_norm_eps=1e-5,
-        )  # fmt: skip
+            vocab_size=50265,
+            max_position_embeddings=config.seq_len + 2,
+            num_hidden_layers=config.n_layer,
+            hidden_size=config.n_embd,
+            num_attention_heads=config.n_embd // 64,
+            intermediate_size=4 * config.n_embd,
+            type_vocab_size=1,
+            layer_norm_eps=1e-5,
+        )
         self.net = getattr(transformers, name + "ForMaskedLM")(c)
 
     def forward(self, batch):
@@ -73,9 +85,15 @@ class Contender:
     def __init__(self, name, shape, batch, micro, device, dtype, compile, sweep):
         decoder, rate = MODELS[name]
         self.config = train.Config(
-            **{**SHAPES[shape], **sweep.get("shape", {})}, decoder="none" if decoder == "hf" else decoder,
-            mask_rate=sweep.get("rate", rate), batch_size=batch, micro_batch_size=micro, lr=1e-4, device=device, dtype=dtype,
-        )  # fmt: skip
+            **{**SHAPES[shape], **sweep.get("shape", {})},
+            decoder="none" if decoder == "hf" else decoder,
+            mask_rate=sweep.get("rate", rate),
+            batch_size=batch,
+            micro_batch_size=micro,
+            lr=1e-4,
+            device=device,
+            dtype=dtype,
+        )
         if "default" not in name and device == "cpu":
             train.keep_freed_memory()
         torch.set_float32_matmul_precision("high")
@@ -151,10 +169,13 @@ def worker(settings):
 def take_turns(settings, rounds, warmup):
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps(s)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, __file__, "--worker", json.dumps(s)],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         for s in settings
-    ]  # fmt: skip
+    ]
     results = [[] for _ in settings]
     rates = []
     dtype = train.pick_dtype(settings[0]["dtype"], torch.device("cpu"))
@@ -224,10 +245,18 @@ def main():
     if args.worker:
         return worker(args.worker)
     settings = [
-        dict(name=name, shape=args.shape, batch=args.batch, micro=args.micro or args.batch, device=args.device,
-             dtype=args.dtype, compile=args.compile == "yes", sweep=args.sweep)
+        dict(
+            name=name,
+            shape=args.shape,
+            batch=args.batch,
+            micro=args.micro or args.batch,
+            device=args.device,
+            dtype=args.dtype,
+            compile=args.compile == "yes",
+            sweep=args.sweep,
+        )
         for name in args.only
-    ]  # fmt: skip
+    ]
     run = take_turns if args.device == "cpu" else one_by_one
     results, rate = run(settings, args.rounds, args.warmup)
     n = args.sweep.get("shape", {}).get("seq_len", SHAPES[args.shape]["seq_len"])
@@ -239,29 +268,44 @@ def main():
         seconds = [sum(x) for x, *_ in steps]
         middle = statistics.median(seconds)
         table[name] = dict(
-            tokens_per_s=args.batch * n / middle, seconds=middle, spread=[min(seconds), max(seconds)],
-            flops_per_s=steps[0][2] / middle, share_of_peak=steps[0][2] / middle / rate, peak_gb=steps[-1][1] / 1e9,
+            tokens_per_s=args.batch * n / middle,
+            seconds=middle,
+            spread=[min(seconds), max(seconds)],
+            flops_per_s=steps[0][2] / middle,
+            share_of_peak=steps[0][2] / middle / rate,
+            peak_gb=steps[-1][1] / 1e9,
             data_share=statistics.median(x[0] for x, *_ in steps) / middle,
-            optimizer_share=statistics.median(x[2] for x, *_ in steps) / middle, flops=steps[0][2], all=seconds,
-        )  # fmt: skip
-    print(f"{args.shape}, n {n}, batch {args.batch}, micro-batch {args.micro or args.batch}, {args.device}, compile "
-          f"{args.compile}, torch {torch.__version__}; products at {rate / 1e12:.2f} TFLOP/s")  # fmt: skip
+            optimizer_share=statistics.median(x[2] for x, *_ in steps) / middle,
+            flops=steps[0][2],
+            all=seconds,
+        )
     print(
-        f"{'':<15}{'tok/s':>10}{'s/step':>9}{'min-max':>16}{'TFLOP/s':>9}{'of peak':>9}{'GB':>7}{'data':>7}{'opt.':>7}"
+        f"{args.shape}, n {n}, batch {args.batch}, micro-batch {args.micro or args.batch}, "
+        f"{args.device}, compile "
+        f"{args.compile}, torch {torch.__version__}; products at {rate / 1e12:.2f} TFLOP/s"
+    )
+    print(
+        f"{'':<15}{'tok/s':>10}{'s/step':>9}{'min-max':>16}{'TFLOP/s':>9}{'of peak':>9}{'GB':>7}"
+        f"{'data':>7}{'opt.':>7}"
     )
     for name, t in table.items():
         if t is None:
             print(f"{name:<15} out of memory")
             continue
         spread = f"{t['spread'][0]:.3f}-{t['spread'][1]:.3f}"
-        print(f"{name:<15}{t['tokens_per_s']:>10,.0f}{t['seconds']:>9.3f}{spread:>16}{t['flops_per_s'] / 1e12:>9.2f}"
-              f"{t['share_of_peak']:>9.1%}{t['peak_gb']:>7.2f}{t['data_share']:>7.1%}{t['optimizer_share']:>7.1%}")  # fmt: skip
+        print(
+            f"{name:<15}{t['tokens_per_s']:>10,.0f}{t['seconds']:>9.3f}{spread:>16}{t['flops_per_s'] / 1e12:>9.2f}"
+            f"{t['share_of_peak']:>9.1%}{t['peak_gb']:>7.2f}{t['data_share']:>7.1%}{t['optimizer_share']:>7.1%}"
+        )
     if base := table.get("vanilla-15"):
         for name, t in table.items():
             if t and name.startswith(("self", "cross")):
                 clock = statistics.median(a / b for a, b in zip(base["all"], t["all"]))
-                print(f"vanilla-15 / {name}: clock {clock:.3f}, FLOPs {base['flops'] / t['flops']:.3f}, "
-                      f"clock over FLOPs {clock / (base['flops'] / t['flops']):.3f}")  # fmt: skip
+                print(
+                    f"vanilla-15 / {name}: clock {clock:.3f}, FLOPs "
+                    f"{base['flops'] / t['flops']:.3f}, "
+                    f"clock over FLOPs {clock / (base['flops'] / t['flops']):.3f}"
+                )
     for hf in ("hf-15 default", "hf-15"):
         if table.get(hf) and table.get("self-50"):
             ratio = statistics.median(
