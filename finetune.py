@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -318,7 +319,7 @@ def fine_tune(model, examples, labels, settings, vocab, machine, bar=None):
     steps = -(-len(examples) // settings["batch_size"]) * settings["epochs"]
     schedule = SimpleNamespace(lr=settings["lr"], max_steps=steps, warmup=0.06, weight_decay=0.1)
     optimizer = make_optimizer(model, schedule)
-    scaler = torch.amp.GradScaler() if machine.dtype == torch.float16 else None
+    scaler = torch.amp.GradScaler(machine.device.type) if machine.dtype == torch.float16 else None
     labels = torch.tensor(labels, dtype=torch.float32 if model.n_classes == 1 else torch.int64)
     model.train()
     step = 0
@@ -765,4 +766,7 @@ def glue_tasks(args, tokenizer, vocab, machine):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -326,10 +326,7 @@ PAD = 1  # <pad>'s id in RoBERTa's vocabulary; transformers' positions begin aft
 def hf_names(config, prefix):
     """Pairs of a parameter of Encoder and the one or three of transformers' that make it up."""
     pre = config.norm == "pre"
-    pairs = [
-        ("ln", ["embeddings.LayerNorm"]),
-        *([("ln_f", ["LayerNorm"])] if pre else []),
-    ]
+    pairs = [("ln", ["embeddings.LayerNorm"]), *([("ln_f", ["LayerNorm"])] if pre else [])]
     for i in range(config.n_layer):
         theirs = f"encoder.layer.{i}."
         for a, b in (

@@ -1,4 +1,4 @@
-"""The tests, in the order of the files: model, data, flops, train.
+"""The tests, in the order of the files: model, data, flops, train, finetune.
 
     pytest test_3ml.py
 
@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import finetune as ft
 import flops
 import model as m
 import train
@@ -276,7 +277,10 @@ def test_parameters_are_counted_by_hand(decoder, l, d, millions):
     assert round(expected / 1e6) == millions
 
 
-def tokenizer_file(folder, vocab_size=300, text="the cat sat on the mat; a dog barked. "):
+TEXT = "the cat sat on the mat; a dog barked. "
+
+
+def tokenizer_file(folder, vocab_size=300, text=TEXT):
     path = Path(folder) / "tokenizer.json"
     data.train_bpe([text * 20, "Grüße, 你好\n  <mask> indeed\n" * 5], vocab_size, path)
     return path
@@ -756,7 +760,7 @@ def test_resume_after_any_step_is_bit_identical(decoder, corpus, tmp_path, monke
         shutil.copytree(path.parent, tmp_path / f"after{state['step']}")
 
     def argv(name):
-        return arguments(corpus, tmp_path / name, decoder=decoder, max_steps=5)
+        return arguments(corpus, tmp_path / name, decoder=decoder, max_steps=5, dropout=0.1)
 
     monkeypatch.setattr(train, "save_checkpoint", keep)
     train.main(argv("whole"))
@@ -860,3 +864,301 @@ def test_init_starts_from_a_published_encoder(corpus, tmp_path):
         assert torch.equal(p, encoder.state_dict()[name])
     with pytest.raises(SystemExit):
         train.main([*argv, "--n_layer", "3"])
+
+
+# ----------------------------------------------------------------------------------------
+# finetune.py
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_metrics_are_scipys_and_scikit_learns(ties):
+    stats = pytest.importorskip("scipy.stats")
+    sk = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    for n in (5, 50, 1000):
+        p, y = rng.integers(0, 2, (2, n))
+        assert math.isclose(ft.accuracy(p, y), sk.accuracy_score(y, p), abs_tol=1e-12)
+        assert math.isclose(ft.f1(p, y), sk.f1_score(y, p), abs_tol=1e-12)
+        assert math.isclose(ft.matthews(p, y), sk.matthews_corrcoef(y, p), abs_tol=1e-12)
+        a, b = rng.integers(0, 4, (2, n)).astype(float) if ties else rng.normal(size=(2, n))
+        assert math.isclose(ft.pearson(a, b), stats.pearsonr(a, b)[0], abs_tol=1e-12)
+        assert math.isclose(ft.spearman(a, b), stats.spearmanr(a, b)[0], abs_tol=1e-12)
+        assert np.array_equal(ft.ranks(a), stats.rankdata(a))
+    same, y = np.zeros(4), np.array([0, 1, 0, 1])
+    assert (
+        ft.matthews(same, y) == ft.pearson(same, y) == ft.spearman(same, y) == ft.f1(same, y) == 0
+    )
+
+
+ODD = ['An "unbalanced quote', "caf\u00e9 \u4f60\u597d\x85next \u2028line", "a \x1c\x0b control"]
+# What a line of each task's train file looks like: header, and a row with texts a, b and label
+# filled in
+LAYOUTS = {
+    "CoLA": (None, "gj04\t{y}\t\t{a}"),
+    "SST-2": ("sentence\tlabel", "{a} \t{y}"),
+    "MRPC": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "{y}\t1\t2\t{a}\t{b}"),
+    "STS-B": (
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+        "0\tmain\tMSRvid\t2012\t0001\tnone\tnone\t{a}\t{b}\t{y}",
+    ),
+    "QQP": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t2\t3\t{a}\t{b}\t{y}"),
+    "MNLI": (
+        "index\tpromptID\tpairID\tgenre\ts1bp\ts2bp\ts1p\ts2p\tsentence1\tsentence2\tlabel1\tgold_label",
+        "0\tn\tn\tn\tn\tn\tn\tn\t{a}\t{b}\tn\t{y}",
+    ),
+    "QNLI": ("index\tquestion\tsentence\tlabel", "0\t{a}\t{b}\t{y}"),
+    "RTE": ("index\tsentence1\tsentence2\tlabel", "0\t{a}\t{b}\t{y}"),
+}
+
+
+def write_task(folder, name, rows):
+    """train and dev files of a task in its own format; rows of (a, b, label)."""
+    head, row = LAYOUTS[name]
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for part in ("train", *ft.TASKS[name].dev):
+        lines = [head] * bool(head) + [row.format(a=a, b=b, y=y) for a, b, y in rows]
+        (folder / name / f"{part}.tsv").write_bytes("".join(x + "\n" for x in lines).encode())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_readers_of_all_tasks(name, tmp_path, capsys):
+    task = ft.TASKS[name]
+    labels = task.labels or ("0.000", "3.200", "5.000")
+    rows = [(ODD[i], ODD[i - 1], labels[i % len(labels)]) for i in range(3)]
+    write_task(tmp_path, name, rows)
+    train, devs = ft.read_task(name, tmp_path)
+    for split in (train, *devs.values()):
+        assert split.a == [a for a, _, _ in rows]
+        assert split.b == (None if task.columns[1] is None else [b for _, b, _ in rows])
+        assert list(split.labels) == (
+            [0, 3.2, 5] if task.labels is None else [i % len(labels) for i in range(3)]
+        )
+    path = tmp_path / name / "train.tsv"
+    path.write_bytes(path.read_bytes() + b"one field\n")
+    if name == "QQP":
+        assert ft.read_task(name, tmp_path)[0].dropped == 1
+    else:
+        with pytest.raises(SystemExit):
+            ft.read_task(name, tmp_path)
+        assert f"{path}: line {len(rows) + 1 + task.header} has 1 fields" in capsys.readouterr().err
+    write_task(tmp_path, name, [*rows[:2], (rows[2][0], rows[2][1], "what")])
+    with pytest.raises(SystemExit):
+        ft.read_task(name, tmp_path)
+    assert "label 'what'" in capsys.readouterr().err
+
+
+def classifier_of(n_classes=3, **changes):
+    return shaken(m.Classifier(config_of(decoder="none", **changes), n_classes))
+
+
+ONE = train.Machine(0, 1, torch.device("cpu"), torch.float32)
+
+
+def test_padding_and_order_never_change_a_logit():
+    rng = np.random.default_rng(0)
+    examples = [[0, *rng.integers(4, 98, k).tolist(), 2] for k in rng.integers(1, 17, 30)]
+    net = classifier_of()
+    together = ft.predict(net, examples, VOCAB, ONE, batch_size=7)
+    alone = np.concatenate([net(torch.tensor([x])).detach().numpy() for x in examples])
+    assert np.abs(together - alone).max() < 1e-5
+    assert np.abs(ft.predict(net, examples[::-1], VOCAB, ONE)[::-1] - alone).max() < 1e-5
+
+
+def test_every_example_comes_once_an_epoch_and_little_is_padded():
+    lengths = np.random.default_rng(0).integers(5, 100, 1003)
+    batches = ft.epoch_batches(lengths, 8, seed=1, epoch=0)
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    padded = sum(lengths[b].max() * len(b) for b in batches) / lengths.sum()
+    assert padded < 1.1
+    assert not np.array_equal(batches[0], ft.epoch_batches(lengths, 8, seed=1, epoch=1)[0])
+
+
+def test_truncation_takes_from_the_longer_text(tmp_path):
+    tokenizer, vocab = data.load_tokenizer(tokenizer_file(tmp_path))
+    words = [tokenizer.encode(TEXT * k, add_special_tokens=False).ids for k in (1, 3, 9)]
+    texts = [tokenizer.decode(w) for w in words]
+    for (x, a), (y, b) in [
+        ((words[i], texts[i]), (words[j], texts[j])) for i in range(3) for j in range(3)
+    ]:
+        for max_len in (8, 16, 17, 64, 400):
+            x1, y1 = list(x), list(y)
+            while len(x1) + len(y1) > max_len - 4:  # the field's "longest first", a token at a time
+                (x1 if len(x1) > len(y1) else y1).pop()
+            (ids,), cut = ft.encode(ft.Split([a], [b], None), tokenizer, vocab, max_len)
+            assert len(ids) == len(x1) + len(y1) + 4 <= max_len
+            assert ids == [0, *x1, 2, 2, *y1, 2] and cut == (len(x) + len(y) > max_len - 4)
+        (ids,), cut = ft.encode(ft.Split([a], None, None), tokenizer, vocab, 16)
+        assert ids == [0, *x[:14], 2] and cut == (len(x) > 14)
+
+
+@BOTH_NORMS
+def test_saved_classifier_is_transformers(norm, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    net = classifier_of(norm=norm)
+    net.labels = ("yes", "no", "perhaps")
+    m.save_pretrained(net, tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokens, mask = random_rows(), torch.arange(20) < torch.tensor([[20], [13], [7], [2]])
+    tokens[~mask] = VOCAB.pad
+    close(net(tokens, mask), theirs(tokens, attention_mask=mask.long()).logits)
+    assert theirs.config.id2label == {0: "yes", 1: "no", 2: "perhaps"}
+    close(m.load_classifier(tmp_path, 3).eval()(tokens, mask), net(tokens, mask))
+    with pytest.raises(ValueError):
+        m.load_classifier(tmp_path, 2)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    path = tokenizer_file(folder, 400, "the cat sat on the mat; a dog barked. good bad yes no ")
+    vocab = data.load_tokenizer(path)[1]
+    torch.manual_seed(0)
+    net = m.MaskedLM(config_of(vocab_size=vocab.size, n_positions=40, norm="pre"))
+    m.save_pretrained(net, folder / "hf", path)
+    return folder / "hf"
+
+
+def own_files(folder, rows=120):
+    rng = np.random.default_rng(0)
+    for part in ("train", "dev", "test"):
+        lines = ["label\tsentence1"]
+        for _ in range(rows):
+            y = rng.integers(2)
+            words = rng.choice(["the cat", "a dog", "on the mat", "barked"], 3)
+            lines.append(
+                f"{['n', 'y'][y]}\t{' '.join(words)} {['bad', 'good'][y]} {' '.join(words[:1])}"
+            )
+        (folder / f"{part}.tsv").write_text("\n".join(lines) + "\n")
+    return [f"--{p}={folder / p}.tsv" for p in ("train", "dev", "test")]
+
+
+def test_a_tiny_encoder_learns_a_task_of_ones_own(encoder_folder, tmp_path, capsys):
+    files = own_files(tmp_path)
+    argv = [*files, f"--init={encoder_folder}", f"--out={tmp_path / 'out'}"]
+    argv += "--lr=2e-3 --epochs=15 --batch_size=8 --device=cpu --dtype=fp32".split()
+    ft.main(argv)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["summary"]["train"]["metrics"]["acc"] == 1.0
+    predicted = (tmp_path / "out/predictions/test.tsv").read_text().splitlines()
+    truth = [line.split("\t")[0] for line in (tmp_path / "test.tsv").read_text().splitlines()[1:]]
+    assert predicted == ["index\tprediction", *(f"{i}\t{y}" for i, y in enumerate(truth))]
+
+
+def glue_folder(folder):
+    for name in ("MNLI", "RTE", "STS-B", "CoLA"):
+        labels = ft.TASKS[name].labels or ("0.0", "2.5", "5.0")
+        rows = [(f"the cat {i}", f"a dog {i}", labels[i % len(labels)]) for i in range(12)]
+        write_task(folder, name, rows)
+    (folder / "RTE/test.tsv").write_text("index\ts1\ts2\n" + "0\tthe cat\ta dog\n" * 5)
+    (folder / "CoLA/test.tsv").write_text("index\tsentence\n" + "0\tthe cat\n" * 4)
+    (folder / "STS-B/test.tsv").write_text(
+        "\t".join("abcdefghi") + "\n" + "\t".join("abcdefghi") + "\n"
+    )
+    (folder / "diagnostic").mkdir()
+    (folder / "diagnostic/diagnostic.tsv").write_text("index\ts1\ts2\n" + "0\tthe cat\ta dog\n" * 3)
+    return folder
+
+
+def test_a_killed_sweep_runs_each_point_exactly_once(encoder_folder, tmp_path, monkeypatch, capsys):
+    """Killed after every second run, within and between tasks; and MNLI's model is where others
+    start."""
+    glue, out, calls = glue_folder(tmp_path / "glue"), tmp_path / "out", []
+    argv = [
+        "--task=all",
+        f"--glue={glue}",
+        f"--init={encoder_folder}",
+        f"--out={out}",
+        "--lr",
+        "1e-3",
+        "2e-3",
+    ]
+    argv += ["--epochs=1", "--seed", "0", "1", "--device=cpu", "--dtype=fp32", "--predict"]
+    real = ft.run_once
+
+    def killed(name, examples, settings, init, *rest):
+        if len(calls) % 3 == 2:
+            calls.append(None)
+            raise KeyboardInterrupt
+        calls.append((name, *settings.values(), Path(init)))
+        return real(name, examples, settings, init, *rest)
+
+    monkeypatch.setattr(ft, "run_once", killed)
+    for _ in range(20):
+        try:
+            ft.main(argv)
+            break
+        except KeyboardInterrupt:
+            continue
+    made = [c for c in calls if c]
+    assert len(made) == len(set(made)) == 4 * 4 and None in calls
+    for name, *_, init in made:
+        assert init == (out / "MNLI/hf" if name in ("RTE", "STS-B") else encoder_folder)
+    results = json.loads((out / "results.json").read_text())
+    assert len(results["runs"]) == 16
+    for name in ("MNLI", "RTE", "STS-B", "CoLA"):
+        runs = [r for r in results["runs"] if r["task"] == name]
+        best = [max(r["score"] for r in runs if r["seed"] == s) for s in (0, 1)]
+        assert math.isclose(results["summary"][name]["score"], sum(best) / 2)
+    mean = sum(results["summary"][t]["score"] for t in ("MNLI", "RTE", "STS-B", "CoLA")) / 4
+    assert math.isclose(results["summary"]["average"]["score"], mean)
+    said = capsys.readouterr().out
+    assert (
+        "QNLI     missing" in said
+        and "4 of 8 tasks" in said
+        and "test_matched.tsv: missing" in said
+    )
+    files = {p.name: p.read_text().splitlines() for p in (out / "predictions").iterdir()}
+    assert {k: len(v) for k, v in files.items()} == {
+        "RTE.tsv": 6,
+        "CoLA.tsv": 5,
+        "STS-B.tsv": 2,
+        "AX.tsv": 4,
+    }
+    assert all(lines[0] == "index\tprediction" for lines in files.values())
+    assert {line.split("\t")[1] for line in files["RTE.tsv"][1:]} <= {
+        "entailment",
+        "not_entailment",
+    }
+    assert {line.split("\t")[1] for line in files["AX.tsv"][1:]} <= {
+        "entailment",
+        "not_entailment",
+        "neutral",
+        "contradiction",
+    }
+    assert 0 <= float(files["STS-B.tsv"][1].split("\t")[1]) <= 5
+
+
+def test_tables_grid_is_table_5():
+    args = ft.parse(["--task=all", "--glue=x", "--init=x", "--out=x", "--sweep"])
+    for name in ft.TASKS:
+        points = ft.grid(name, args)
+        large = name in ("QQP", "MNLI", "QNLI")
+        assert len(points) == 5 * (2 * 1 * 2 if large else 4 * 2 * 3)
+        assert {p["lr"] for p in points} == ({5e-5, 8e-5} if large else {1e-5, 3e-5, 5e-5, 8e-5})
+        assert {p["epochs"] for p in points} == ({3, 5} if large else {3, 5, 10})
+        assert {p["batch_size"] for p in points} == ({32} if large else {16, 32})
+
+
+GLUE = Path(__file__).resolve().parent.parent / "shared/data/glue"
+
+
+@pytest.mark.skipif(not GLUE.is_dir(), reason="no GLUE files here")
+@pytest.mark.parametrize("name, rows, dev", [
+    ("CoLA", (2528, 6023), 1043), ("SST-2", (29780, 37569), 872), ("MRPC", (1194, 2474), 408),
+    ("RTE", (1249, 1241), 277), ("QQP", (10127, 6085), 4000), ("MNLI", (3213, 3326, 3349), 6238),
+    ("STS-B", 5749, 1500),
+])  # fmt: skip
+def test_official_files_are_read_whole(name, rows, dev):
+    """Label counts from the files' own description."""
+    train_split, devs = ft.read_task(name, GLUE)
+    if name == "STS-B":
+        assert (
+            len(train_split.labels) == rows
+            and train_split.labels.min() == 0
+            and train_split.labels.max() == 5
+        )
+    else:
+        assert tuple(np.bincount(train_split.labels)) == (
+            rows if name != "MNLI" else (3213, 3326, 3349)
+        )
+    assert len(next(iter(devs.values())).a) == dev

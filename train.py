@@ -40,6 +40,7 @@ from tqdm import tqdm
 import flops
 from data import (
     DEFAULT_DATA,
+    Corrupted,
     Data,
     atomic,
     corrupt,
@@ -103,7 +104,7 @@ class Config:
 RECIPES = {
     "tiny": dict(
         n_layer=3, n_embd=256, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=64, batch_size=32,
-        micro_batch_size=32, max_steps=2400, lr=4e-3, eval_every=400, save_every=400,
+        micro_batch_size=32, max_steps=2800, lr=4e-3, eval_every=400, save_every=400,
     ),
     "efficient-large": dict(
         n_layer=24, n_embd=1024, mask_rate=0.5, norm="pre", seq_len=128, batch_size=4096,
@@ -549,7 +550,7 @@ def train(model, data, config, machine, log, state, caught):
     caught. Returns the number of steps done."""
     out, raw = Path(config.out), model
     optimizer = make_optimizer(raw, config)
-    scaler = torch.amp.GradScaler() if machine.dtype == torch.float16 else None
+    scaler = torch.amp.GradScaler(machine.device.type) if machine.dtype == torch.float16 else None
     first = 0
     if state is not None:
         first = state["step"]
@@ -722,7 +723,8 @@ def report(model, data, config, machine, log, steps):
 def show_sentences(model, data, batch, config, machine, number=5, length=36):
     """Validation text at the common rate with the model's guesses in place of its [MASK]s."""
     tokenizer, _ = load_tokenizer(data.tokenizer)
-    batch = batch.rows(0, number).to(machine.device)
+    spread = torch.linspace(0, len(batch.inputs) - 1, number).long()
+    batch = Corrupted(*(x[spread] for x in batch[:-1]), batch.n_replaced).to(machine.device)
     model.eval()
     with machine.autocast():
         guesses = model.logits(batch).argmax(-1).cpu()  # (number, k)
@@ -803,7 +805,8 @@ def resume(config, machine, data, model):
 
 def main(argv=None):
     config, eval_only = parse(argv)
-    with start(config) as machine, interrupts() as caught:
+    caught = []
+    with start(config) as machine:
         data, model = prepare_run(config, machine)
         out = Path(config.out)
         if eval_only and not list(out.glob("ckpt*.pt")):
@@ -832,7 +835,8 @@ def main(argv=None):
             )
             steps = state["step"]
         else:
-            steps = train(model, data, config, machine, log, state, caught)
+            with interrupts() as caught:
+                steps = train(model, data, config, machine, log, state, caught)
         if caught:
             machine.say(f"stopped after step {steps}; the same command goes on from there")
             sys.exit(128 + caught[0])
@@ -842,4 +846,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -294,7 +294,8 @@ def main():
             continue
         spread = f"{t['spread'][0]:.3f}-{t['spread'][1]:.3f}"
         print(
-            f"{name:<15}{t['tokens_per_s']:>10,.0f}{t['seconds']:>9.3f}{spread:>16}{t['flops_per_s'] / 1e12:>9.2f}"
+            f"{name:<15}{t['tokens_per_s']:>10,.0f}{t['seconds']:>9.3f}{spread:>16}"
+            f"{t['flops_per_s'] / 1e12:>9.2f}"
             f"{t['share_of_peak']:>9.1%}{t['peak_gb']:>7.2f}{t['data_share']:>7.1%}{t['optimizer_share']:>7.1%}"
         )
     if base := table.get("vanilla-15"):
