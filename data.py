@@ -28,7 +28,7 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -63,12 +63,32 @@ def atomic(path, mode="wb"):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:  # torch.save turns the one into the other
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        fail(f"{path}: cannot be written ({reason}); free some space or choose another folder")
+
+
+@contextmanager
+def lock(directory, wait=False):
+    """One process at a time in a folder, by a lock that dies with its process, so that none is ever
+    stale. Where the platform has no flock (Windows), nothing is locked."""
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        file = open(Path(directory) / ".lock", "w")
     except OSError as e:
-        tmp.unlink(missing_ok=True)
-        fail(
-            f"{path}: cannot be written ({e.strerror or e}); free some space or choose another "
-            "folder"
-        )
+        fail(f"{directory}: cannot be written ({e.strerror}); choose another folder")
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except ImportError:
+            pass
+        except OSError:
+            fail(f"{directory}: another process writes there; wait for it, or take another folder")
+        yield
 
 
 def seed_of(*parts):
@@ -338,8 +358,7 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val=0.01,
             fail(f"{out}: holds data of other files or options; choose another --out or delete it")
         print(f"{out}: already prepared from these files")
         return
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out) as f:
+    with lock(out), tempfile.TemporaryFile(dir=out) as f:
         n_docs = index_documents(files, doc, f)
         if n_docs < 2:
             fail(f"{files[0]}: {n_docs} document(s), 2 are needed, one to validate on; see --doc")
@@ -385,7 +404,8 @@ def prepare_default(out=DEFAULT_DATA, vocab_size=2048):
     """The default corpus, from nothing but the installed packages."""
     text = Path(out) / "corpus.txt"
     if not text.exists():
-        write_python_docs(text)
+        with lock(out):
+            write_python_docs(text)
     prepare([text], out, vocab_size=vocab_size)
 
 
@@ -442,6 +462,10 @@ class Data:
 
     def n_rows(self, part, n):
         return len(self.tokens[part]) // (n - 2)
+
+    def left_over(self, n):
+        """Training tokens behind the last full row of n, never seen."""
+        return len(self.tokens["train"]) % (n - 2)
 
     def rows(self, part, indices, n):
         """Rows of n tokens at an array of indices: (B, n) int64."""

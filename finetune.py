@@ -28,7 +28,6 @@ import os
 import statistics
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import atomic, fail, load_tokenizer, seed_of
+from data import atomic, fail, load_tokenizer, lock, seed_of
 from model import Classifier, Encoder, load_classifier, load_pretrained, save_pretrained
 from train import Machine, keep_freed_memory, lr_at, make_optimizer, pick_device, pick_dtype
 
@@ -413,20 +412,6 @@ def run_once(name, examples, settings, init, reinit, vocab, machine, max_len, po
 # Many runs
 
 
-@contextmanager
-def one_writer(out):
-    """Processes of one sweep take turns here; a dead one's turn ends with it."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with open(Path(out) / ".lock", "w") as f:
-        try:
-            import fcntl
-
-            fcntl.flock(f, fcntl.LOCK_EX)
-        except ImportError:
-            pass  # Windows: one process only
-        yield
-
-
 def read_results(out):
     path = Path(out) / "results.json"
     try:
@@ -437,11 +422,14 @@ def read_results(out):
 
 def record(out, result, model, tokenizer_file):
     """Add a finished run to results.json, and keep its model if it is the task's best so far."""
-    with one_writer(out):
+    with lock(out, wait=True):  # processes of one sweep take turns
         results = read_results(out)
         rivals = [r["score"] for r in results["runs"] if r["task"] == result["task"]]
         if all(result["score"] > s for s in rivals):
-            save_pretrained(model, Path(out) / result["task"] / "hf", tokenizer_file)
+            try:
+                save_pretrained(model, Path(out) / result["task"] / "hf", tokenizer_file)
+            except OSError as e:
+                fail(f"{out}: {e}; free some space, then the same command goes on")
         results["runs"].append(result)
         results["summary"] = summarise(results["runs"])
         with atomic(Path(out) / "results.json", "w") as f:

@@ -411,7 +411,10 @@ def save_pretrained(model, directory, tokenizer_file=None):
     directory.mkdir(parents=True, exist_ok=True)
 
     def write(name, writer):
-        writer(directory / f"{name}.tmp")
+        try:
+            writer(directory / f"{name}.tmp")
+        except RuntimeError as e:  # what torch.save makes of a full disk
+            raise OSError(f"{directory / name}: cannot be written ({first_line(e)})") from e
         os.replace(directory / f"{name}.tmp", directory / name)
 
     write("pytorch_model.bin", lambda path: torch.save(theirs, path))

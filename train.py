@@ -47,6 +47,7 @@ from data import (
     counts,
     fail,
     load_tokenizer,
+    lock,
     prepare_default,
     seed_of,
     special_ids,
@@ -516,8 +517,11 @@ class Log:
         self.lines = [json.loads(line) for line in lines if '"val_loss"' in line]
 
     def write(self, entry):
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(entry) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(entry) + "\n")
+        except OSError as e:
+            fail(f"{self.path}: cannot be written ({e.strerror}); the last checkpoint is whole")
         if "val_loss" in entry:
             self.lines.append(entry)
 
@@ -806,7 +810,7 @@ def resume(config, machine, data, model):
 def main(argv=None):
     config, eval_only = parse(argv)
     caught = []
-    with start(config) as machine:
+    with start(config) as machine, lock(config.out) if machine.rank == 0 else nullcontext():
         data, model = prepare_run(config, machine)
         out = Path(config.out)
         if eval_only and not list(out.glob("ckpt*.pt")):
@@ -819,21 +823,20 @@ def main(argv=None):
         k, n_m, n_r = counts(config.seq_len, config.mask_rate, config.strategy)
         machine.say(
             f"{sum(p.numel() for p in model.parameters()):,} parameters on {machine.world} x "
-            f"{machine.device.type} in {str(machine.dtype)[6:]}; rows of {config.seq_len}: "
-            f"{n_m} masked, {n_r} "
-            f"replaced, {k - n_m - n_r} unchanged; {data.n_rows('train', config.seq_len):,} "
-            "rows an epoch"
+            f"{machine.device.type} in {str(machine.dtype)[6:]}; rows of {config.seq_len}: {n_m} "
+            f"masked, {n_r} replaced, {k - n_m - n_r} unchanged; "
+            f"{data.n_rows('train', config.seq_len):,} rows an epoch, "
+            f"{data.left_over(config.seq_len)} tokens "
+            "left over"
         )
-        if eval_only:
+        finished = state is not None and state["step"] >= config.max_steps
+        if finished and not eval_only:
+            machine.say("the run is finished; for a new one, choose another --out")
+        if finished or eval_only:
+            steps = state["step"]
             entry = evaluate(model, validation_batches(data, config), config, machine)
             if machine.rank == 0:
-                log.lines.append({"step": state["step"]} | entry)
-            steps = state["step"]
-        elif state is not None and state["step"] >= config.max_steps:
-            machine.say(
-                "the run is finished; raise --max_steps or choose another --out for a new one"
-            )
-            steps = state["step"]
+                log.lines.append({"step": steps} | entry)
         else:
             with interrupts() as caught:
                 steps = train(model, data, config, machine, log, state, caught)
@@ -841,7 +844,10 @@ def main(argv=None):
             machine.say(f"stopped after step {steps}; the same command goes on from there")
             sys.exit(128 + caught[0])
         if machine.rank == 0:
-            save_pretrained(model, out / "hf", data.tokenizer)
+            try:
+                save_pretrained(model, out / "hf", data.tokenizer)
+            except OSError as e:
+                fail(f"{out}/hf: {e}; free some space, then the same command writes it")
             report(model, data, config, machine, log, steps)
 
 
