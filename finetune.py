@@ -735,12 +735,12 @@ def glue_tasks(args, tokenizer, vocab, machine):
     missing = {name: missing_files(name, args.glue) for name in names}
     there = [name for name in names if not missing[name]]
     absent = [name for name in names if missing[name]]
+    if not there:
+        fail(f"--glue {args.glue}: has the files of none of {', '.join(names)}")
     if machine.rank == 0:
         for name in absent:
             print(f"{name}: missing {', '.join(missing[name])}")
         print(f"running {', '.join(there)}", flush=True)
-    if not there:
-        fail(f"--glue {args.glue}: has the files of none of {', '.join(names)}")
 
     def load(name):
         return TASKS[name], *read_task(name, args.glue)

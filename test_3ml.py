@@ -11,6 +11,8 @@ import math
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -1162,3 +1164,166 @@ def test_official_files_are_read_whole(name, rows, dev):
             rows if name != "MNLI" else (3213, 3326, 3349)
         )
     assert len(next(iter(devs.values())).a) == dev
+
+
+# ------------------------------------------------------------------------------- bad input, all
+# commands
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.fixture
+def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
+    """A folder of things that go wrong, and the working directory of the case."""
+    monkeypatch.chdir(tmp_path)
+    texts = {
+        "empty.txt": b"", "binary.txt": b"text\nmore\0text\n",
+        "latin.txt": b"one\n\ncaf\xe9 two\n",
+        "cut.txt": b"one\n\ntwo \xe4\xbd", "one.txt": b"a single document\n",
+        "ok.txt": b"a b\n\nc d\n\ne f\n", "not.json": b"{",
+        "no_label.tsv": b"sentence1\tlabel\na\tx\nb\n", "header.tsv": b"text\tlabel\na\tx\n",
+        "one_class.tsv": b"sentence1\tlabel\na\tx\nb\tx\n",
+        "ok.tsv": b"sentence1\tlabel\na\tx\nb\ty\n", "other.tsv": b"sentence1\tlabel\na\tz\n",
+        "number.tsv": b"sentence1\tlabel\na\t1.5\nb\tnan\n",
+    }  # fmt: skip
+    for name, content in texts.items():
+        Path(name).write_bytes(content)
+    for name in ("glue/RTE", "badglue/RTE", "nodata"):
+        Path(name).mkdir(parents=True)
+    for name, line in (("glue", "0\ta\tb\tentailment\n"), ("badglue", "0\ta\tb\n")):
+        for part in ("train", "dev"):
+            Path(f"{name}/RTE/{part}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + line)
+    shutil.copytree(corpus, "data")
+    for name, file in (("short", "train.bin"), ("meta", "meta.json"), ("tok", "tokenizer.json")):
+        shutil.copytree(corpus, name)
+        Path(name, file).write_bytes(Path(name, file).read_bytes()[:-5])
+    shutil.copytree(corpus, "ids")
+    Path("ids/train.bin").write_bytes(b"\xff" * Path("ids/train.bin").stat().st_size)
+    shutil.copytree(encoder_folder, "hf")
+    shutil.copytree(encoder_folder, "evil")
+    torch.save({"x": Malice()}, "evil/pytorch_model.bin")
+    shutil.copytree(encoder_folder, "shapes")
+    changed = json.loads(Path("shapes/config.json").read_text()) | {"vocab_size": 77}
+    Path("shapes/config.json").write_text(json.dumps(changed))
+    shutil.copytree(encoder_folder, "bert")
+    Path("bert/config.json").write_text(json.dumps(changed | {"model_type": "bert"}))
+    Path("run").mkdir()
+    torch.save({"x": Malice()}, "run/ckpt.pt")
+    return tmp_path
+
+
+# command, arguments, what the line on stderr must name
+BAD = [
+    ("data", "--input none.txt --out o", "none.txt"),
+    ("data", "--input empty.txt --out o", "empty.txt"),
+    ("data", "--input binary.txt --out o", "binary.txt: line 2"),
+    ("data", "--input latin.txt --out o", "latin.txt: line 3"),
+    ("data", "--input cut.txt --out o", "cut.txt: line 3"),
+    ("data", "--input one.txt --out o", "one.txt: 1 document"),
+    ("data", "--input ok.txt", "--out"),
+    ("data", "--input ok.txt --out o --doc page", "--doc"),
+    ("data", "--input ok.txt --out o --vocab_size 100", "--vocab_size 100"),
+    ("data", "--input ok.txt --out o --val 2", "--val 2"),
+    ("data", "--input ok.txt --out o --val nan", "--val nan"),
+    ("data", "--input ok.txt --out o --tokenizer none.json", "none.json"),
+    ("data", "--input ok.txt --out o --tokenizer not.json", "not.json"),
+    ("data", "--input ok.txt --out ok.tsv/o", "ok.tsv"),
+    ("data", "--input ok.txt --out o --frob", "--frob"),
+    ("data", "--verify nodata", "nodata/meta.json"),
+    ("data", "--verify short", "short/train.bin"),
+    ("train", "--data none", "none/meta.json"),
+    ("train", "--data short", "short/train.bin"),
+    ("train", "--data meta", "meta/meta.json"),
+    ("train", "--data tok", "tok/tokenizer.json"),
+    ("train", "--data ids", "ids/train.bin"),
+    ("train", "--frob 1", "--frob"),
+    ("train", "--recipe huge", "--recipe"),
+    ("train", "--seq_len 2", "--seq_len 2"),
+    ("train", "--seq_len 5000", "train.bin"),
+    ("train", "--seq_len 32 --n_positions 16", "--seq_len 32"),
+    ("train", "--mask_rate 0", "mask_rate is 0"),
+    ("train", "--mask_rate 1.5", "mask_rate is 1.5"),
+    ("train", "--mask_rate -1", "mask_rate"),
+    ("train", "--mask_rate nan", "mask_rate is nan"),
+    ("train", "--strategy 0.8,0.1,0.2", "strategy"),
+    ("train", "--strategy 0,0.5,0.5", "--strategy"),
+    ("train", "--strategy a,b,c", "--strategy"),
+    ("train", "--lr -1", "--lr -1"),
+    ("train", "--lr nan", "--lr nan"),
+    ("train", "--max_steps 0", "--max_steps 0"),
+    ("train", "--n_embd 30", "n_embd is 30"),
+    ("train", "--decoder both", "decoder is 'both'"),
+    ("train", "--norm mid", "norm is 'mid'"),
+    ("train", "--dropout 1", "dropout is 1"),
+    ("train", "--batch_size 9 --micro_batch_size 2", "--batch_size 9"),
+    ("train", "--dtype int8", "--dtype int8"),
+    ("train", "--device abacus", "--device abacus"),
+    ("train", "--warmup 2", "--warmup 2"),
+    ("train", "--eval_only", "--eval_only"),
+    ("train", "--out run", "run/ckpt.pt"),
+    ("train", "--init none", "none/config.json"),
+    ("train", "--init bert", "bert/config.json"),
+    ("train", "--init shapes", "shapes"),
+    ("train", "--init evil", "evil/pytorch_model.bin"),
+    ("finetune", "--task RTE --glue glue", "--init"),
+    ("finetune", "--task RTE --glue nothing --init hf", "nothing"),
+    ("finetune", "--task RTE --init hf", "--glue"),
+    ("finetune", "--init hf", "--task"),
+    ("finetune", "--task XYZ --glue glue --init hf", "--task"),
+    ("finetune", "--task RTE --glue badglue --init hf", "badglue/RTE/train.tsv: line 2"),
+    ("finetune", "--task RTE --glue glue --init none", "none"),
+    ("finetune", "--task RTE --glue glue --init evil", "evil/pytorch_model.bin"),
+    ("finetune", "--task RTE --glue glue --init hf --max_len 500", "--max_len 500"),
+    ("finetune", "--task RTE --glue glue --init hf --lr 0", "--lr"),
+    ("finetune", "--train ok.tsv --init hf", "--dev"),
+    ("finetune", "--train none.tsv --dev ok.tsv --init hf", "none.tsv"),
+    ("finetune", "--train no_label.tsv --dev ok.tsv --init hf", "no_label.tsv"),
+    ("finetune", "--train header.tsv --dev ok.tsv --init hf", "header.tsv: line 1"),
+    ("finetune", "--train one_class.tsv --dev ok.tsv --init hf", "one_class.tsv"),
+    ("finetune", "--train ok.tsv --dev other.tsv --init hf", "other.tsv: line 2"),
+    ("finetune", "--train ok.tsv --dev ok.tsv --init hf --regression", "ok.tsv: line 2"),
+    ("finetune", "--train number.tsv --dev ok.tsv --init hf --regression", "number.tsv: line 3"),
+]  # fmt: skip
+
+
+def bad_arguments(command, text):
+    """A case's arguments: what is right, then what is wrong."""
+    argv = text.split()
+    if command == "train":
+        usual = dict(
+            x.split("=")
+            for x in "--data=data --out=o --n_layer=1 --n_embd=32 --head_size=16".split()
+        )
+        usual |= {"--seq_len": "16", "--batch_size": "8", "--max_steps": "1", "--device": "cpu"}
+        if "--init" in argv:
+            usual = {k: usual[k] for k in ("--data", "--out", "--seq_len", "--max_steps")}
+        return [x for k, v in usual.items() if k not in argv for x in (k, v)] + argv
+    return argv + ["--out", "o"] * (command == "finetune")
+
+
+@pytest.mark.parametrize("command, text, names", BAD, ids=[f"{c} {t}" for c, t, _ in BAD])
+def test_bad_input_is_one_line_and_status_2(command, text, names, rubbish, capsys):
+    before = {p for p in rubbish.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit) as e:
+        {"data": data, "train": train, "finetune": ft}[command].main(bad_arguments(command, text))
+    err = capsys.readouterr().err
+    last = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert e.value.code == 2 and len(last) == 1 and names in last[0] and "Traceback" not in err
+    left = {p for p in rubbish.rglob("*") if p.is_file()} - before
+    assert {p.name for p in left} <= {".lock", "config.json", "log.jsonl", "tokenizer.json"}
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("command, text, names", [BAD[0], BAD[27], BAD[52]])
+def test_bad_input_to_the_real_commands(command, text, names, rubbish):
+    script = Path(__file__).with_name(f"{command}.py")
+    done = subprocess.run(
+        [sys.executable, script, *bad_arguments(command, text)], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and names in done.stderr
+    )
