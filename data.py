@@ -1,16 +1,14 @@
-"""From text to batches: UTF-8 files -> byte-level BPE -> memory-mapped token files -> corrupted
-rows.
+"""From text to batches: UTF-8 files -> byte-level BPE -> memory-mapped tokens -> corrupted rows.
 
-    python data.py                                       the docstrings of the installed Python,
-    -> data/python-docs python data.py --input 'corpus/*.txt' --out data/mine      your text; a
-    blank line ends a document python data.py --input wiki.txt --doc line --tokenizer
-    roberta/tokenizer.json --out data/wiki python data.py --verify data/mine
-    read it all again and compare with its hashes
+    python data.py                             the installed Python's docstrings -> data/python-docs
+    python data.py --input 'corpus/*.txt' --out data/mine    your text; blank lines part documents
+    python data.py --input wiki.txt --doc line --tokenizer roberta/tokenizer.json --out data/wiki
+    python data.py --verify data/mine           read it all again and compare with its hashes
 
 Preparing leaves train.bin, val.bin (token ids, documents one after another, each closed by </s>),
 tokenizer.json and meta.json; meta.json is written last, so a folder that has one is complete.
 Memory does not grow with the text. It does not clean, deduplicate or detokenise: what stands in
-the files is what the model reads.
+the files is what the model reads, but CRLF becomes LF and space at a document's end goes.
 
 Shapes: B rows of a batch | n tokens of a row, <s> and </s> included | n_en kept + n_m masked = n
         k tokens to predict, k = n_m [MASK]s + n_replaced random ones + the rest, unchanged
@@ -44,8 +42,8 @@ BPE_SAMPLE = 200 << 20  # bytes of text, documents at random, that a new BPE is 
 
 
 def fail(message):
-    """One line on stderr (of rank 0 alone under torchrun), exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """One line on stderr (under torchrun, of a node's first process alone), exit status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -63,8 +61,8 @@ def atomic(path, mode="wb"):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:  # torch.save turns the one into the other
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+    except OSError as e:
+        reason = e.strerror or str(e)
         with suppress(OSError):
             tmp.unlink(missing_ok=True)
         fail(f"{path}: cannot be written ({reason}); free some space or choose another folder")
@@ -254,7 +252,8 @@ def index_documents(files, doc, out):
         for i, path in enumerate(files):
             spans, start, line_number = [], None, 1
             decoder = codecs.getincrementaldecoder("utf-8")()
-            with open(path, "rb") as f:
+            ended = True  # a line longer than PIECE comes in several reads
+            with open_text(path) as f:
                 if f.read(3) != codecs.BOM_UTF8:
                     f.seek(0)
                 at = f.tell()
@@ -268,7 +267,7 @@ def index_documents(files, doc, out):
                         )
                     if b"\0" in line:
                         fail(f"{path}: line {line_number} holds a zero byte; text files only")
-                    blank, ended = not line.strip(), line.endswith(b"\n")
+                    blank, ended = ended and not line.strip(), line.endswith(b"\n")
                     if start is None and not blank:
                         start = at
                     at += len(line)
@@ -291,6 +290,13 @@ def index_documents(files, doc, out):
     return count
 
 
+def open_text(path):
+    try:
+        return open(path, "rb")
+    except OSError as e:
+        fail(f"{path}: cannot be read ({e.strerror})")
+
+
 def document_pieces(file, start, end):
     """Yields (text, is it the last) for a document's bytes start to end, in pieces of about a
     megabyte that end with a line where there is one."""
@@ -299,9 +305,9 @@ def document_pieces(file, start, end):
     while start < end and (block := file.read(min(PIECE, end - start))):
         start += len(block)
         text, last = held + decoder.decode(block, start >= end), start >= end
-        cut = len(text) if last else text.rfind("\n") + 1 or len(text)
+        cut = len(text) if last else text.rfind("\n") + 1 or len(text) - text.endswith("\r")
         text, held = text[:cut].replace("\r\n", "\n"), text[cut:]
-        yield (text.rstrip("\n"), True) if last else (text, False)
+        yield (text.rstrip(), True) if last else (text, False)
 
 
 def read_documents(files, index, order, seed):
@@ -314,7 +320,7 @@ def read_documents(files, index, order, seed):
             if file not in handles:
                 if len(handles) == 64:  # open files; a corpus may lie in thousands
                     handles.pop(next(iter(handles))).close()
-                handles[file] = open(files[file], "rb")
+                handles[file] = open_text(files[file])
             for piece in document_pieces(handles[file], start, end):
                 pieces.append(piece)
                 size += len(piece[0])
@@ -353,35 +359,36 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val=0.01,
     out = Path(out)
     asked = dict(doc=doc, tokenizer=tokenizer and sha256_of(tokenizer), vocab_size=vocab_size)
     asked |= dict(val=val, seed=seed, files=[[Path(f).name, os.path.getsize(f)] for f in files])
-    if (out / "meta.json").exists():
-        if read_meta(out)["asked"] != asked:
-            fail(f"{out}: holds data of other files or options; choose another --out or delete it")
-        print(f"{out}: already prepared from these files")
-        return
     with lock(out), tempfile.TemporaryFile(dir=out) as f:
+        if (out / "meta.json").exists():
+            if read_meta(out)["asked"] != asked:
+                fail(f"{out}: holds data of other files or options; choose another --out")
+            print(f"{out}: already prepared from these files")
+            return
         n_docs = index_documents(files, doc, f)
         if n_docs < 2:
             fail(f"{files[0]}: {n_docs} document(s), 2 are needed, one to validate on; see --doc")
         index = np.memmap(f, np.int64, "r", shape=(n_docs, 3))
+        n_val = min(max(1, round(val * n_docs)), n_docs - 1)
         if tokenizer:
             with atomic(out / "tokenizer.json") as g:
                 g.write(Path(tokenizer).read_bytes())
         else:
             print(f"training a byte-level BPE of {vocab_size} tokens", flush=True)
-            train_bpe(bpe_sample(files, index, seed), vocab_size, out / "tokenizer.json")
+            texts = bpe_sample(files, index, range(n_val, n_docs), seed)
+            train_bpe(texts, vocab_size, out / "tokenizer.json")
         tokenizer, vocab = load_tokenizer(out / "tokenizer.json")
         dtype = np.dtype(np.uint16 if vocab.size <= 1 << 16 else np.uint32)
         meta = dict(vocab=asdict(vocab), dtype=dtype.name, tokens={}, documents={}, sha256={})
         meta["sha256"]["tokenizer.json"] = sha256_of(out / "tokenizer.json")
-        n_val = min(max(1, round(val * n_docs)), n_docs - 1)
         for part, order in ("val", range(n_val)), ("train", range(n_val, n_docs)):
             documents, path = read_documents(files, index, order, seed), out / f"{part}.bin"
             meta["documents"][part] = len(order)
             meta["tokens"][part], meta["sha256"][path.name] = tokenize(
                 documents, tokenizer, vocab, dtype, path, len(order)
             )
-    with atomic(out / "meta.json", "w") as g:
-        json.dump(meta | {"asked": asked}, g, indent=1)
+        with atomic(out / "meta.json", "w") as g:
+            json.dump(meta | {"asked": asked}, g, indent=1)
     tokens, documents = meta["tokens"], meta["documents"]
     print(
         f"{out}: {tokens['train']:,} tokens of {documents['train']:,} documents to train on, "
@@ -390,10 +397,10 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val=0.01,
     )
 
 
-def bpe_sample(files, index, seed):
-    """Texts for training a BPE: documents at random, up to BPE_SAMPLE bytes."""
+def bpe_sample(files, index, order, seed):
+    """Texts for training a BPE: training documents, up to BPE_SAMPLE bytes."""
     seen = 0
-    for pieces in read_documents(files, index, range(len(index)), seed):
+    for pieces in read_documents(files, index, order, seed):
         yield [text for text, _ in pieces]
         seen += CHUNK
         if seen >= BPE_SAMPLE:
@@ -639,7 +646,12 @@ def main(argv=None):
     if args.seed < 0:
         fail(f"--seed {args.seed}: must not be negative")
     if args.input is None:
+        for name in ("tokenizer", "doc", "val", "seed"):
+            if getattr(args, name) != parser.get_default(name):
+                fail(f"--{name}: is for text of your own; give --input and --out too")
         return prepare_default(args.out or DEFAULT_DATA, args.vocab_size or 2048)
+    if args.tokenizer and args.vocab_size:
+        fail("--vocab_size: is for a tokenizer to be trained; leave it or --tokenizer out")
     if not args.out:
         fail("--out: missing; name the folder to write")
     files = []

@@ -1,22 +1,19 @@
-"""Fine-tune a pre-trained encoder on GLUE as the paper does (section 3.1, Table 5), or on a task
-of your own.
+"""Fine-tune an encoder on GLUE as the paper does (section 3.1, Table 5), or on a task of your own.
 
     python finetune.py --task RTE --glue GLUE_DIR --init out/tiny/hf --out out/rte
-    python finetune.py --task all --glue GLUE_DIR --init out/large/hf --out out/glue --sweep
-    --predict torchrun --nproc_per_node 8 finetune.py --task all ... --sweep        the runs
-    spread over 8 processes python finetune.py --train train.tsv --dev dev.tsv --init
-    roberta-base/ --out out/mine
+    python finetune.py --task all --glue GLUE_DIR --init out/x/hf --out out/glue --sweep --predict
+    torchrun --nproc_per_node 8 finetune.py --task all ... --sweep    runs spread over 8 processes
+    python finetune.py --train train.tsv --dev dev.tsv --init roberta-base/ --out out/mine
 
 --init is the hf/ folder that train.py leaves or any Hugging Face RoBERTa folder. --lr,
---batch_size, --epochs and --seed take one value or several; several make a grid, --sweep fills in
-Table 5's and five seeds. Of a grid, per seed the best run by the task's score counts; of the
+--batch_size, --epochs and --seed take one value or several; several make a grid, --sweep fills
+in Table 5's and five seeds. Of a grid, per seed the best run by the task's score counts; of the
 seeds, the median. Each finished run is added to OUT/results.json at once, and the same command
 goes on where it stopped. The best model of each task is in OUT/TASK/hf, with --predict beside the
 leaderboard's files in OUT/predictions.
 
-It does not download GLUE: the folders must lie in --glue as in the official archives. It does not
-shard a model, and applies no tricks (layer-wise rates, ensembles); the decoder of 3ML is gone by
-now.
+It does not download GLUE: its folders must lie in --glue as in the official archives. It does not
+shard a model and applies no tricks (layer-wise rates, ensembles); 3ML's decoder is gone by now.
 
 Shapes: B examples of a batch | T tokens of the longest, padded | C classes, 1 for regression
 """
@@ -40,7 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import atomic, fail, load_tokenizer, lock, seed_of
-from model import Classifier, Encoder, load_classifier, load_pretrained, save_pretrained
+from model import Classifier, load_classifier, load_pretrained, save_pretrained
 from train import Machine, keep_freed_memory, lr_at, make_optimizer, pick_device, pick_dtype
 
 # Metrics: predictions and labels are arrays; what is undefined is 0
@@ -97,7 +94,6 @@ class Task:
     dev: tuple = ("dev",)
     tests: tuple = (("test", ""),)  # file and what it adds to the task's name in a submission
     bad_rows: bool = False  # the official file has malformed rows, to be dropped and counted
-    folder: str = ""
 
 
 TWO, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
@@ -138,6 +134,8 @@ def read_tsv(path):
         fail(f"{path}: {e.strerror}")
     if lines[-1] == b"":
         lines.pop()
+    if not lines:
+        fail(f"{path}: empty")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -194,7 +192,7 @@ def read_label(text, labels, where):
 
 def read_task(name, glue):
     """(train Split, {dev file: Split}) of a GLUE task."""
-    task, folder = TASKS[name], Path(glue) / (TASKS[name].folder or name)
+    task, folder = TASKS[name], Path(glue) / name
     train = read_split(folder / "train.tsv", task.columns, task.labels, task.header, task.bad_rows)
     return train, {
         d: read_split(folder / f"{d}.tsv", task.columns, task.labels, task.header) for d in task.dev
@@ -202,20 +200,12 @@ def read_task(name, glue):
 
 
 def missing_files(name, glue):
-    files = [
-        Path(glue) / (TASKS[name].folder or name) / f"{f}.tsv" for f in ("train", *TASKS[name].dev)
-    ]
+    files = [Path(glue) / name / f"{f}.tsv" for f in ("train", *TASKS[name].dev)]
     return [str(f) for f in files if not f.is_file()]
 
 
 def read_own(args):
     """A task of the user's own: (Task, train Split, {"dev": Split})."""
-    head = read_tsv(args.train)[0]
-    if "sentence1" not in head or "label" not in head:
-        fail(
-            f"{args.train}: line 1 must name the columns sentence1, label and, for pairs, "
-            f"sentence2; it has {head}"
-        )
     columns = own_columns(args.train, True)
     labels = None
     if not args.regression:
@@ -237,21 +227,20 @@ def read_own(args):
     return (
         task,
         read_split(args.train, columns, labels),
-        {"dev": read_split(args.dev, own_columns(args.dev, True), labels)},
+        {"dev": read_split(args.dev, own_columns(args.dev, True, columns[1] is not None), labels)},
     )
 
 
-def own_columns(path, labelled):
+def own_columns(path, labelled, pairs=None):
+    """The columns of a file by its header; `pairs`, if given: must it have a sentence2."""
     head = read_tsv(path)[0]
-    for name in ("sentence1", "label")[: 1 + labelled]:
+    needed = ["sentence1"] + ["sentence2"] * bool(pairs) + ["label"] * labelled
+    for name in needed:
         if name not in head:
             fail(f"{path}: line 1 names no column {name}; it has {', '.join(head)}")
-    b = head.index("sentence2") if "sentence2" in head else None
-    return (
-        (head.index("sentence1"), b, head.index("label"))
-        if labelled
-        else (head.index("sentence1"), b)
-    )
+    b = head.index("sentence2") if "sentence2" in head and pairs is not False else None
+    columns = (head.index("sentence1"), b)
+    return (*columns, head.index("label")) if labelled else columns
 
 
 # Texts -> batches
@@ -312,8 +301,9 @@ def predict(model, examples, vocab, machine, batch_size=64):
 
 
 def fine_tune(model, examples, labels, settings, vocab, machine, bar=None):
-    """Train a Classifier; examples: lists of ids, labels: an array, settings: lr, batch_size,
-    epochs, seed."""
+    """Train a Classifier; returns False if it diverged.
+
+    examples: lists of ids; labels: an array; settings: lr, batch_size, epochs, seed."""
     lengths = np.array([len(x) for x in examples])
     steps = -(-len(examples) // settings["batch_size"]) * settings["epochs"]
     schedule = SimpleNamespace(lr=settings["lr"], max_steps=steps, warmup=0.06, weight_decay=0.1)
@@ -345,8 +335,9 @@ def fine_tune(model, examples, labels, settings, vocab, machine, bar=None):
             step += 1
             if bar is not None:
                 bar.update(1)
-    if not torch.isfinite(loss):
-        fail(f"fine-tuning with {settings}: the loss is {loss.item()}; lower --lr")
+        if not torch.isfinite(loss):
+            return False
+    return True
 
 
 def score(logits, labels, task):
@@ -356,18 +347,22 @@ def score(logits, labels, task):
     return {m: METRICS[m](p, labels) for m in task.metrics}, collapsed
 
 
-def build(init, reinit, n_classes, labels, seed, max_len):
-    """A Classifier on the encoder in folder `init`, or on fresh weights of its shape."""
+def load_init(init):
     try:
-        config, encoder = load_pretrained(init)
+        return load_pretrained(init)
     except ValueError as e:
         fail(f"--init {e}")
-    if max_len > config.n_positions:
-        fail(f"--max_len {max_len}: the encoder in {init} has {config.n_positions} positions")
+
+
+def build(init, reinit, n_classes, labels, seed, dropout):
+    """A Classifier on the encoder in folder `init`, or on fresh weights of its shape."""
+    config, encoder = load_init(init)
+    config.dropout = dropout
     torch.manual_seed(seed_of(seed, 6))
     model = Classifier(config, n_classes)
     model.labels = labels
-    model.encoder.load_state_dict((Encoder(config) if reinit else encoder).state_dict())
+    if not reinit:
+        model.encoder.load_state_dict(encoder.state_dict())
     return model
 
 
@@ -381,31 +376,35 @@ class Examples:
             train.dropped,
             len(train.a),
         )
+        self.subset = 0 < self.n < 0.99 * task.rows
         self.train, self.cut = encode(train, tokenizer, vocab, max_len)
         self.devs = {
             name: (encode(d, tokenizer, vocab, max_len)[0], d.labels) for name, d in devs.items()
         }
 
 
-def run_once(name, examples, settings, init, reinit, vocab, machine, max_len, position=0):
+def run_once(name, examples, settings, init, reinit, vocab, machine, dropout):
     """Fine-tune and score one point of the grid: (result for results.json, model)."""
     task, start = examples.task, time.perf_counter()
     n_classes = 1 if task.labels is None else len(task.labels)
-    model = build(init, reinit, n_classes, task.labels, settings["seed"], max_len).to(
-        machine.device
-    )
+    model = build(init, reinit, n_classes, task.labels, settings["seed"], dropout)
+    model.to(machine.device)
     steps = -(-examples.n // settings["batch_size"]) * settings["epochs"]
     title = f"{name} " + " ".join(f"{k} {v}" for k, v in settings.items())
-    with tqdm(total=steps, desc=title, position=position, disable=None, leave=False) as bar:
-        fine_tune(model, examples.train, examples.labels, settings, vocab, machine, bar)
-    metrics, collapsed = {}, False
+    with tqdm(total=steps, desc=title, disable=None, leave=False) as bar:
+        fine = fine_tune(model, examples.train, examples.labels, settings, vocab, machine, bar)
+    metrics, collapsed = {}, not fine
     for dev, (texts, labels) in examples.devs.items():
-        found, same = score(predict(model, texts, vocab, machine), labels, task)
+        found, same = dict.fromkeys(task.metrics, 0.0), True
+        if fine:
+            found, same = score(predict(model, texts, vocab, machine), labels, task)
         suffix = {"dev_matched": "-m", "dev_mismatched": "-mm"}.get(dev, "")
         metrics |= {m + suffix: v for m, v in found.items()}
         collapsed |= same
     result = dict(task=name, **settings, metrics=metrics, score=statistics.mean(metrics.values()))
-    result |= dict(collapsed=collapsed, seconds=round(time.perf_counter() - start, 1))
+    result |= dict(
+        collapsed=collapsed, diverged=not fine, seconds=round(time.perf_counter() - start, 1)
+    )
     return result, model
 
 
@@ -420,17 +419,17 @@ def read_results(out):
         fail(f"{path}: not JSON; move it away to start again")
 
 
-def record(out, result, model, tokenizer_file):
+def record(out, start, result, model, tokenizer_file):
     """Add a finished run to results.json, and keep its model if it is the task's best so far."""
     with lock(out, wait=True):  # processes of one sweep take turns
         results = read_results(out)
         rivals = [r["score"] for r in results["runs"] if r["task"] == result["task"]]
-        if all(result["score"] > s for s in rivals):
+        if not result["diverged"] and all(result["score"] > s for s in rivals):
             try:
                 save_pretrained(model, Path(out) / result["task"] / "hf", tokenizer_file)
             except OSError as e:
                 fail(f"{out}: {e}; free some space, then the same command goes on")
-        results["runs"].append(result)
+        results = {"start": start, "runs": [*results["runs"], result]}
         results["summary"] = summarise(results["runs"])
         with atomic(Path(out) / "results.json", "w") as f:
             json.dump(results, f, indent=1)
@@ -505,58 +504,50 @@ def print_table(results, missing):
         print(f"{'average':<43}{100 * summary['average']['score']:>7.1f}  ({AVERAGE}{note})")
 
 
+def same_start(args):
+    """Results of different encoders do not belong in one folder: what differs is an error."""
+    start = dict(init=os.path.realpath(args.init), reinit=args.reinit, max_len=args.max_len)
+    start |= dict(dropout=args.dropout, from_mnli=args.from_mnli)
+    for name, old in read_results(args.out).get("start", start).items():
+        if old != start[name]:
+            fail(f"--{name} {start[name]}: {args.out} has results of {old}; choose another --out")
+    return start
+
+
 def run_tasks(names, args, load, tokenizer, vocab, machine):
     """All runs of some tasks that results.json does not have yet, shared out over the processes."""
-    runs = []
-    for name in names:
-        parent = Path(args.out) / "MNLI" / "hf"
-        from_mnli = (
-            name in FROM_MNLI and args.from_mnli == "yes" and not args.train and parent.is_dir()
-        )
-        start = dict(
-            init=str(parent if from_mnli else args.init), reinit=args.reinit and not from_mnli
-        )
-        start |= dict(max_len=args.max_len)
-        old = {json.dumps(identity(r), sort_keys=True) for r in read_results(args.out)["runs"]}
-        for settings in grid(name, args):
-            if (
-                json.dumps(identity(dict(task=name, **settings, **start)), sort_keys=True)
-                not in old
-            ):
-                runs.append((name, settings, start))
-    made = {}
-    for name, settings, start in runs[machine.rank :: machine.world]:
+    start, keys = same_start(args), ("task", "seed", "lr", "batch_size", "epochs")
+    old = [[r[k] for k in keys] for r in read_results(args.out)["runs"]]
+    runs = [dict(task=name) | point for name in names for point in grid(name, args)]
+    runs = [r for r in runs if [r[k] for k in keys] not in old]
+    if machine.world > 1:
+        dist.barrier()  # everybody has read what there is before anybody adds to it
+    parent, made = Path(args.out) / "MNLI" / "hf", {}
+    for settings in runs[machine.rank :: machine.world]:
+        name = settings.pop("task")
         if name not in made:
             made = {name: Examples(*load(name), tokenizer, vocab, args.max_len)}
-            e = made[name]
-            subset = 0 < e.n < 0.99 * e.task.rows
-            dropped = f", {e.dropped} malformed rows dropped" if e.dropped else ""
-            print(
-                f"{name}: {e.n:,} examples{' (subset)' if subset else ''}, {e.cut:,} cut to "
-                f"{args.max_len} tokens{dropped}",
-                flush=True,
-            )
-        result, model = run_once(
-            name, made[name], settings, start["init"], start["reinit"], vocab, machine, args.max_len
-        )
-        result |= start | dict(subset=subset, cut=e.cut, dropped=e.dropped)
-        record(args.out, result, model, Path(args.init) / "tokenizer.json")
+            describe(name, made[name], args.max_len)
+        from_mnli = name in FROM_MNLI and args.from_mnli == "yes" and parent.is_dir()
+        from_mnli = from_mnli and not args.train
+        init, reinit = (parent, False) if from_mnli else (Path(args.init), args.reinit)
+        e = made[name]
+        result, model = run_once(name, e, settings, init, reinit, vocab, machine, args.dropout)
+        result |= dict(from_mnli=from_mnli, subset=e.subset, cut=e.cut, dropped=e.dropped)
+        record(args.out, start, result, model, Path(args.init) / "tokenizer.json")
         metrics = "  ".join(f"{m} {100 * v:.1f}" for m, v in result["metrics"].items())
-        print(
-            f"{name} {settings}: {metrics}{'  COLLAPSED' * result['collapsed']}  "
-            f"({result['seconds']:.0f} s)",
-            flush=True,
-        )
+        flag = "  DIVERGED" * result["diverged"] or "  COLLAPSED" * result["collapsed"]
+        print(f"{name} {settings}: {metrics}{flag}  ({result['seconds']:.0f} s)", flush=True)
     if machine.world > 1:
         dist.barrier()
 
 
-def identity(run):
-    """What makes two runs the same."""
-    return {
-        k: run.get(k)
-        for k in ("task", "seed", "lr", "batch_size", "epochs", "init", "reinit", "max_len")
-    }
+def describe(name, examples, max_len):
+    """What was read, and what was not: nothing is dropped silently."""
+    text = f"{name}: {examples.n:,} examples{' (subset)' * examples.subset}, "
+    text += f"{examples.cut:,} cut to {max_len} tokens"
+    text += f", {examples.dropped} malformed rows dropped" if examples.dropped else ""
+    print(text, flush=True)
 
 
 # The leaderboard's files
@@ -634,6 +625,9 @@ def parse(argv=None):
         help="tokens of an example (default 128, or the encoder's n_positions)",
     )
     parser.add_argument(
+        "--dropout", type=float, default=0.1, help="while fine-tuning (default 0.1)"
+    )
+    parser.add_argument(
         "--sweep", action="store_true", help="Table 5's grid and five seeds, where not given"
     )
     parser.add_argument("--predict", action="store_true", help="write the leaderboard's files")
@@ -672,6 +666,8 @@ def parse(argv=None):
     for name in ("lr", "batch_size", "epochs"):
         if not all(0 < x < float("inf") for x in getattr(args, name) or [1]):
             fail(f"--{name} {getattr(args, name)}: must be above 0")
+    if not 0 <= args.dropout < 1:
+        fail(f"--dropout {args.dropout}: must be in [0, 1)")
     if min(args.seed or [0]) < 0:
         fail(f"--seed {args.seed}: must not be negative")
     if args.max_len is not None and args.max_len < 8:
@@ -691,8 +687,10 @@ def machine_for(args):
 def main(argv=None):
     args = parse(argv)
     tokenizer, vocab = load_tokenizer(Path(args.init) / "tokenizer.json")
-    positions = build(args.init, False, 1, None, 0, args.max_len or 8).config.n_positions
+    positions = load_init(args.init)[0].n_positions  # and a folder that cannot be read fails now
     args.max_len = args.max_len or min(128, positions)
+    if args.max_len > positions:
+        fail(f"--max_len {args.max_len}: the encoder in {args.init} has {positions} positions")
     machine = machine_for(args)
     try:
         if args.train:
@@ -707,7 +705,8 @@ def main(argv=None):
 def own_task(args, tokenizer, vocab, machine):
     name = Path(args.train).stem
     own = read_own(args)
-    test_columns = own_columns(args.test, False) if args.test else None
+    pairs = own[0].columns[1] is not None
+    test_columns = own_columns(args.test, False, pairs) if args.test else None
     run_tasks([name], args, lambda _: own, tokenizer, vocab, machine)
     if machine.rank == 0:
         print_table(read_results(args.out), [])

@@ -1,22 +1,20 @@
-"""The models of "Mask More and Mask Later" (3ML): one encoder, three ways to predict what was
-masked.
+"""The models of "Mask More and Mask Later" (3ML): one encoder, three ways to predict the masked.
 
     python -c "import model; print(model.MaskedLM(model.ModelConfig(n_layer=2, n_embd=128)))"
 
-  * decoder="self"   3MLself (section 2.2, Figure 2 left): the [MASK]s join the latents in a small
-  decoder * decoder="cross"  3MLcross (Figure 2 right): the [MASK]s attend to the latents in a
-  small decoder * decoder="none"   vanilla MLM (BERT, RoBERTa, 24hBERT): the [MASK]s go through
-  the encoder; the control
+  * decoder="self"   3MLself (section 2.2, Figure 2 left): [MASK]s join the latents in the decoder
+  * decoder="cross"  3MLcross (Figure 2 right): [MASK]s attend to the latents
+  * decoder="none"   vanilla MLM (BERT, RoBERTa, 24hBERT): all through the encoder; the control
 
-The file ends with the classifier for fine-tuning and with Hugging Face folders, in and out. It
-does not corrupt text (data.corrupt does) and knows nothing of devices, precision or optimizers
-(train.py).
+The file ends with the classifier for fine-tuning and with Hugging Face folders, in and out. It does
+not corrupt text (data.corrupt does) and knows nothing of devices and optimizers (train.py does).
 
-Shapes: B rows of a batch | n tokens of a row | n_en tokens the encoder sees | n_m [MASK]s, n_en +
-n_m = n
-        k tokens to predict: the [MASK]s, the replaced, the unchanged | d_en, d_de widths of
-        encoder, decoder V vocabulary | T, S any number of tokens | h heads of size hs | l_en,
-        l_de layers
+Shapes:
+  B       rows of a batch            n       tokens of a row
+  n_en    tokens the encoder sees    n_m     [MASK]s; n_en + n_m = n
+  k       tokens to predict: the [MASK]s, the replaced, the unchanged
+  d_en, d_de  widths of encoder and decoder     l_en, l_de  their layers
+  V       vocabulary                 T, S    any number of tokens      h, hs  heads and their size
 """
 
 import json
@@ -299,11 +297,8 @@ class Classifier(nn.Module):
 
     def __init__(self, config, n_classes):
         super().__init__()
-        self.config, self.n_classes, self.labels = (
-            config,
-            n_classes,
-            None,
-        )  # labels: the classes' words
+        self.config, self.n_classes = config, n_classes
+        self.labels = None  # the words of the classes, for config.json
         self.encoder = Encoder(config)
         self.drop = nn.Dropout(config.dropout)
         self.dense = nn.Linear(config.n_embd, config.n_embd)

@@ -1,10 +1,9 @@
 """Pre-train 3ML, or vanilla MLM beside it, on prepared tokens.
 
-    torchrun train.py                                     tiny: minutes on two CPU cores, makes
-    its own data torchrun train.py --recipe tiny --decoder none --mask_rate 0.15 --out out/vanilla
-    the control torchrun --nproc_per_node 8 train.py --recipe efficient-large --data data/mine
-    3ML-large, 8 GPUs torchrun train.py --out out/tiny --eval_only          evaluate a checkpoint,
-    export it again
+    torchrun train.py                            tiny: minutes on two CPU cores, makes its own data
+    torchrun train.py --decoder none --mask_rate 0.15 --out out/vanilla         its control
+    torchrun --nproc_per_node 8 train.py --recipe efficient-large --data data/mine
+    torchrun train.py --out out/tiny --eval_only      evaluate a checkpoint and export it
 
 The same command goes on where a run was interrupted. It leaves in --out: ckpt.pt and ckpt.prev.pt
 (all that going on needs), log.jsonl (a line per log_every steps and per evaluation), config.json,
@@ -12,11 +11,14 @@ and hf/ (the encoder for finetune.py and for transformers; vanilla MLM with its 
 
 What it does not do: shard a model over GPUs, choose hyper-parameters, or touch the network.
 
-Rows and masks are a function of (seed, step, row), dropout of (seed, step, micro-batch): the
-number of processes and interruptions change nothing but the order of sums."""
+Rows and masks are a function of (seed, step, row), dropout of (seed, step, micro-batch): the number
+of processes and interruptions change nothing but the order of sums; another size of micro-batches
+changes dropout's noise too.
+"""
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import math
 import os
@@ -86,14 +88,12 @@ class Config:
     lr: float = option(7e-4, "peak of the learning rate")
     warmup: float = option(0.06, "share of the steps in which the learning rate rises from 0")
     weight_decay: float = option(0.01, "AdamW's, on parameters of two dimensions and more")
-    grad_clip: float = option(
-        0.0, "largest gradient norm, 0: any; the paper advises 1 on divergence"
-    )
+    grad_clip: float = option(0.0, "largest gradient norm, 0: any", may_change=True)
     seed: int = option(0, "of initialisation, rows, masks and dropout")
     # the work's division, and what is written when: none of these changes the result
     micro_batch_size: int = option(64, "rows that go through a process at once", may_change=True)
     eval_every: int = option(1000, "steps between evaluations", may_change=True)
-    eval_rows: int = option(1024, "rows of the validation set", may_change=True)
+    eval_rows: int = option(1024, "rows of the validation set")
     save_every: int = option(1000, "steps between checkpoints", may_change=True)
     log_every: int = option(50, "steps between lines of the log", may_change=True)
     dtype: str = option("auto", "bf16, fp16, fp32, fp64 (auto: by hardware)", may_change=True)
@@ -145,13 +145,28 @@ def parse(argv=None):
         )
     args = vars(parser.parse_args(argv))
     recipe, eval_only = args.pop("recipe"), args.pop("eval_only")
-    config = Config(**{"out": f"out/{recipe}", **RECIPES[recipe], **args})
+    fields_of_run = {"out": f"out/{recipe}", **RECIPES[recipe]}
+    if eval_only:
+        fields_of_run = read_config(args.get("out", fields_of_run["out"]))
+    config = Config(**{**fields_of_run, **args})
     if config.init:
         config = shape_of_init(config, args)
     config.norm = config.norm or ("pre" if config.decoder == "cross" else "post")
     config.n_positions = config.n_positions or config.seq_len
+    config.n_embd_dec = config.n_embd_dec or config.n_embd // 2
     check(config)
     return config, eval_only
+
+
+def read_config(out):
+    """The fields of the run in a folder, for evaluating it without repeating its flags."""
+    path = Path(out) / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = {f.name: saved[f.name] for f in fields(Config)}
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"--eval_only: {path} is missing or damaged; name the folder of a run with --out")
+    return saved | {"strategy": tuple(saved["strategy"]), "init": "", "out": str(out)}
 
 
 def shape_of_init(config, given):
@@ -231,13 +246,9 @@ DTYPES = {
 }
 # dense bf16 or fp16 peaks in FLOP/s, by what the name of the GPU holds
 PEAKS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
+    "H100 80GB HBM3": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "NVIDIA H200": 989e12,
+    "A100": 312e12, "L40S": 362e12, "V100-SXM": 125e12, "V100-PCIE": 112e12, "Tesla T4": 65e12,
+}  # fmt: skip
 
 
 @dataclass
@@ -426,6 +437,16 @@ def means(sums):
     return [s / c if c else None for s, c in pairs]
 
 
+def finite(x):
+    """For JSON, which has no infinity (fp16's skipped steps have)."""
+    return float(x) if math.isfinite(x) else None
+
+
+def number(x):
+    """A perplexity for people; there is none of a kind of token that the strategy does not have."""
+    return "-" if x is None else f"{x:,.1f}"
+
+
 def perplexity(nats):
     return None if nats is None else math.exp(min(nats, 700))
 
@@ -457,7 +478,10 @@ def save_checkpoint(path, state):
     """Replace ckpt.pt, keeping the one before as ckpt.prev.pt; at every moment one of the two is
     whole."""
     with atomic(path.with_name("ckpt.new.pt")) as f:
-        torch.save(state, f)
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:  # what torch makes of a full disk
+            raise OSError(str(e).splitlines()[0]) from e
     if path.exists():
         os.replace(path, path.with_name("ckpt.prev.pt"))
     os.replace(path.with_name("ckpt.new.pt"), path)
@@ -474,7 +498,10 @@ def load_checkpoint(path):
                 candidate
             ).testzip()  # torch.load does not look at the checksums
             if damaged is None:
-                return torch.load(candidate, map_location="cpu", weights_only=True)
+                state = torch.load(candidate, map_location="cpu", weights_only=True)
+                for problem in problems:
+                    print(f"warning: {problem}; going on from {candidate}", flush=True)
+                return state
             problems.append(f"{candidate}: damaged at {damaged}")
         except Exception as e:
             problems.append(f"{candidate}: cannot be read ({type(e).__name__})")
@@ -551,7 +578,7 @@ def interrupts():
 
 def train(model, data, config, machine, log, state, caught):
     """Steps from where `state` (a checkpoint or None) ends up to max_steps, or until a signal is
-    caught. Returns the number of steps done."""
+    caught. Returns the number of steps done, and whether a signal, to any process, ended it."""
     out, raw = Path(config.out), model
     optimizer = make_optimizer(raw, config)
     scaler = torch.amp.GradScaler(machine.device.type) if machine.dtype == torch.float16 else None
@@ -561,12 +588,13 @@ def train(model, data, config, machine, log, state, caught):
         optimizer.load_state_dict(state["optimizer"])
         if scaler and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-    if use_compile(config, machine):
-        model.compile()  # in place: the parameters keep their names
+        state.clear()  # gigabytes, for a large model
     if machine.world > 1:
         model = DistributedDataParallel(
             model, [machine.device] if machine.device.type == "cuda" else None
         )
+    if use_compile(config, machine):
+        model.compile()  # in place: the parameters keep their names
     k, n_m, _ = counts(config.seq_len, config.mask_rate, config.strategy)
     row_flops = 3 * flops.forward(
         raw.config, config.seq_len, n_m, k
@@ -618,7 +646,7 @@ def train(model, data, config, machine, log, state, caught):
             since = done
             if machine.rank == 0:
                 entry = {
-                    "step": done, "loss": loss, "lr": lr, "grad_norm": float(norm),
+                    "step": done, "loss": loss, "lr": lr, "grad_norm": finite(norm),
                     "tokens_per_s": round(rows_per_s * config.seq_len),
                     "mfu": peak and round(rows_per_s * row_flops / (peak * machine.world), 4),
                     "rows": zlib.crc32(current.inputs.cpu().numpy().tobytes()),
@@ -638,8 +666,7 @@ def train(model, data, config, machine, log, state, caught):
                 log.write(entry)
             machine.say(
                 f"step {done:>6}/{config.max_steps}  validation loss {entry['val_loss']:.3f}  "
-                "perplexity "
-                f"{entry['ppl']:.1f}, of masked tokens {entry['ppl_masked']:.1f}"
+                f"perplexity {entry['ppl']:.1f}, of masked tokens {number(entry['ppl_masked'])}"
             )
             clock += time.perf_counter() - start
         if done % config.save_every == 0 or stopping:
@@ -649,7 +676,7 @@ def train(model, data, config, machine, log, state, caught):
         if stopping:
             break
     bar.close()
-    return done if first < config.max_steps else first
+    return done, stop > 0
 
 
 def use_compile(config, machine):
@@ -664,11 +691,12 @@ def stop_if_diverged(loss, norm, scaler, step, lr, out):
     diverged."""
     fine = math.isfinite(norm) if scaler is None else scaler.get_scale() > 1e-4
     if not (math.isfinite(loss) and fine):
+        what = "go on from its checkpoint" if (out / "ckpt.pt").exists() else "start again"
         fail(
-            f"step {step + 1}, lr {lr:.2e}: loss {loss}, gradient norm {norm}: the run has "
-            "diverged; go on from "
-            f"the checkpoint in {out} with --grad_clip 1 (Table 4's advice), or a lower --lr "
-            "in a new --out"
+            f"step {step + 1}, lr {lr:.2e}: loss {loss}, gradient norm {norm}: the run in "
+            f"{out} has "
+            f"diverged; {what} with --grad_clip 1 (Table 4's advice), or lower --lr in another "
+            "--out"
         )
 
 
@@ -699,7 +727,7 @@ def report(model, data, config, machine, log, steps):
             ("unigram", [perplexity(x) for x in means(unigram_nats(data, val[rate]))]),
         )
         for name, values in rows:
-            cells = [f"{x:,.1f}" if x is not None else "-" for x in values]
+            cells = [number(x) for x in values]
             label = f"{name}, {rate:.0%} of tokens predicted"
             print(f"{label:<36}{cells[0]:>9}{cells[1]:>9}{cells[2]:>10}{cells[3]:>11}")
     show_sentences(model, data, val[COMMON_RATE], config, machine)
@@ -726,6 +754,9 @@ def report(model, data, config, machine, log, steps):
 @torch.no_grad()
 def show_sentences(model, data, batch, config, machine, number=5, length=36):
     """Validation text at the common rate with the model's guesses in place of its [MASK]s."""
+    if importlib.util.find_spec("tokenizers") is None:
+        print("\n(to see validation text with its masks filled in: pip install tokenizers)")
+        return
     tokenizer, _ = load_tokenizer(data.tokenizer)
     spread = torch.linspace(0, len(batch.inputs) - 1, number).long()
     batch = Corrupted(*(x[spread] for x in batch[:-1]), batch.n_replaced).to(machine.device)
@@ -764,8 +795,8 @@ def prepare_run(config, machine):
             "micro_batch_size, "
             f"{machine.world} x {config.micro_batch_size}"
         )
-    if config.data == DEFAULT_DATA and not (Path(config.data) / "meta.json").exists():
-        if machine.rank == 0:
+    if config.data == DEFAULT_DATA:
+        if machine.rank == 0 and not (Path(config.data) / "meta.json").exists():
             machine.say(f"no data yet: making {config.data} from the installed Python's docstrings")
             prepare_default(config.data)
         if machine.world > 1:
@@ -801,22 +832,26 @@ def resume(config, machine, data, model):
                 f"{config.max_steps}: the learning "
                 "rate's schedule changes with it"
             )
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state.pop("model"))
         machine.say(f"{out}: going on after step {state['step']} of {config.max_steps}")
     step = state["step"] if state else 0
+    if machine.sum([step])[0] != step * machine.world:
+        fail(
+            f"{out}: not the same checkpoint for every process; --out must be on a shared file "
+            "system"
+        )
     return state, Log(out / "log.jsonl", step) if machine.rank == 0 else None
 
 
 def main(argv=None):
     config, eval_only = parse(argv)
-    caught = []
     with start(config) as machine, lock(config.out) if machine.rank == 0 else nullcontext():
         data, model = prepare_run(config, machine)
         out = Path(config.out)
         if eval_only and not list(out.glob("ckpt*.pt")):
             fail(f"--eval_only: no checkpoint in {out}")
         state, log = resume(config, machine, data, model)
-        if machine.rank == 0:
+        if machine.rank == 0 and not eval_only:
             with atomic(out / "config.json", "w") as f:
                 json.dump(asdict(config) | {"torch": torch.__version__}, f, indent=1)
         model.to(machine.device, torch.float64 if machine.dtype == torch.float64 else torch.float32)
@@ -839,10 +874,10 @@ def main(argv=None):
                 log.lines.append({"step": steps} | entry)
         else:
             with interrupts() as caught:
-                steps = train(model, data, config, machine, log, state, caught)
-        if caught:
-            machine.say(f"stopped after step {steps}; the same command goes on from there")
-            sys.exit(128 + caught[0])
+                steps, stopped = train(model, data, config, machine, log, state, caught)
+            if stopped:
+                machine.say(f"stopped after step {steps}; the same command goes on from there")
+                sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
         if machine.rank == 0:
             try:
                 save_pretrained(model, out / "hf", data.tokenizer)
