@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -76,8 +77,7 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# -------------------------------------------------------------------------------------------
-# model.py
+# ---------------------------------------------------------------------------------- model.py
 
 
 def hf_model(norm, head, **changes):
@@ -335,8 +335,7 @@ def test_autotokenizer_gives_our_ids(tmp_path):
     assert vocab.mask not in ours.encode("the <mask> sat").ids  # in a corpus it is mere text
 
 
-# --------------------------------------------------------------------------------------------
-# data.py
+# ----------------------------------------------------------------------------------- data.py
 
 
 @pytest.mark.parametrize("n", [4, 20, 128, 513])
@@ -549,8 +548,7 @@ def test_a_row_of_separators_gives_way_to_the_next(tmp_path):
         d.full_rows("train", np.arange(N), 10, 9)
 
 
-# -------------------------------------------------------------------------------------------
-# flops.py
+# ---------------------------------------------------------------------------------- flops.py
 
 
 @ALL_MODELS
@@ -633,8 +631,7 @@ def test_table_3(capsys):
     ]
 
 
-# -------------------------------------------------------------------------------------------
-# train.py
+# ---------------------------------------------------------------------------------- train.py
 
 WORDS = [
     "the",
@@ -661,6 +658,9 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     return prepared(folder, [" ".join(rng.choice(WORDS, 60)) for _ in range(40)], val=0.2).directory
+
+
+ONE = train.Machine(0, 1, torch.device("cpu"), torch.float32)
 
 
 def arguments(corpus, out, **changes):
@@ -709,8 +709,8 @@ def one_of_two(rank, port, argv, path):
     run_and_capture(argv, f"{path}.{rank}")
 
 
-@BOTH_DECODERS
-def test_division_of_work_changes_nothing(decoder, corpus, tmp_path):
+@pytest.mark.parametrize("decoder, dropout", [("self", 0), ("cross", 0), ("self", 0.1)])
+def test_division_of_work_changes_nothing(decoder, dropout, corpus, tmp_path):
     """One batch whole, in four micro-batches, and by two processes with two each: the same
     gradients before every optimizer step, and the same log, in float64. Adam would hide a wrong
     divisor."""
@@ -720,12 +720,13 @@ def test_division_of_work_changes_nothing(decoder, corpus, tmp_path):
             corpus,
             tmp_path / name,
             decoder=decoder,
-            dropout=0,
+            dropout=dropout,
             dtype="fp64",
             micro_batch_size=micro,
         )
 
-    run_and_capture(argv("whole", 8), tmp_path / "whole.pt")
+    # dropout is the same for the same micro-batches, whoever does them
+    run_and_capture(argv("whole", 2 if dropout else 8), tmp_path / "whole.pt")
     run_and_capture(argv("four", 2), tmp_path / "four.pt")
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -868,8 +869,160 @@ def test_init_starts_from_a_published_encoder(corpus, tmp_path):
         train.main([*argv, "--n_layer", "3"])
 
 
-# ----------------------------------------------------------------------------------------
-# finetune.py
+def first_gradients(argv, path):
+    run_and_capture(argv, path)
+    return torch.cat([g.flatten() for g in torch.load(path)[0]])
+
+
+def test_clipping_divides_by_the_norm(corpus, tmp_path):
+    """And nothing else: the norm that the log has is the unclipped one."""
+    free = first_gradients(arguments(corpus, tmp_path / "a"), tmp_path / "a.pt")
+    argv = arguments(corpus, tmp_path / "b", grad_clip=0.01)
+    clipped = first_gradients(argv, tmp_path / "b.pt")
+    close(clipped, free * 0.01 / free.norm(), 1e-6)
+    assert math.isclose(log_of(tmp_path / "b")[0]["grad_norm"], free.norm(), rel_tol=1e-5)
+
+
+def test_fp16s_scaler_does_not_change_the_clipped_gradients(corpus, tmp_path):
+    plain = first_gradients(arguments(corpus, tmp_path / "a", grad_clip=0.01), tmp_path / "a.pt")
+    argv = arguments(corpus, tmp_path / "b", grad_clip=0.01, dtype="fp16")
+    scaled = first_gradients(argv, tmp_path / "b.pt")
+    assert (scaled - plain).norm() < 0.05 * plain.norm()
+
+
+def test_dropout_is_on_in_training_off_in_evaluation_and_fresh(corpus, tmp_path):
+    config = train.parse(arguments(corpus, tmp_path, dropout=0.1, micro_batch_size=4))[0]
+    net = m.MaskedLM(train.model_config(config, Data(corpus).vocab.size))
+    batch = train.step_batch(Data(corpus), config, 0, torch.device("cpu"))
+    seen = {}
+    for step, at in ((0, 0), (0, 4), (1, 0)):
+        net.zero_grad()
+        same = Corrupted(*(torch.cat([x[:4], x[:4]]) for x in batch[:-1]), batch.n_replaced)
+        seen[step, at] = []
+        net.register_forward_hook(lambda _, args, out, s=seen: s["last"].append(out.detach()))
+        seen["last"] = []
+        train.backward(net, same, config, step, ONE)
+        seen[step, at] = seen["last"][:2]
+    first, second = seen[0, 0]
+    assert not torch.equal(first, second)  # two micro-batches of the same rows
+    assert torch.equal(first, seen[0, 4][0]) and not torch.equal(first, seen[1, 0][0])
+    net.eval()
+    assert torch.equal(net(batch), net(batch))
+    for rate in (0.0, 0.3):  # attention, hidden states, and the head's input
+        drop = m.Classifier(config_of(dropout=rate), 2).train()
+        x = random_rows()
+        assert torch.equal(drop(x), drop(x)) == (rate == 0)
+        block = m.Block(32, config_of(dropout=rate), cross=True).train()
+        x, memory = torch.randn(2, 2, 5, 32)
+        for part in (block.attn, block.cross):
+            assert torch.equal(part(x, memory), part(x, memory)) == (rate == 0)
+
+
+def test_weights_start_as_berts_do():
+    net = m.MaskedLM(config_of(n_embd=256, n_embd_dec=128, head_size=64))
+    for name, p in net.named_parameters():
+        if name.endswith("weight") and p.dim() == 2 or name.endswith("bridge.mask"):
+            assert abs(p.mean()) < 5 * 0.02 / p.numel() ** 0.5, name
+            assert math.isclose(p.std(), 0.02, rel_tol=0.3 if p.dim() == 1 else 0.05), name
+        else:
+            assert (p == (1 if name.endswith("weight") else 0)).all(), name
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(corpus, tmp_path, capsys):
+    train.main(arguments(corpus, tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "bad")
+    path = tmp_path / "bad/ckpt.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    train.main(arguments(corpus, tmp_path / "bad"))
+    assert "warning: " in capsys.readouterr().out
+    states = [torch.load(tmp_path / f"{x}/ckpt.pt") for x in ("whole", "bad")]
+    assert same_state(*states)
+    assert untimed(log_of(tmp_path / "bad")) == untimed(log_of(tmp_path / "whole"))
+    for name in ("ckpt.pt", "ckpt.prev.pt"):
+        (tmp_path / "bad" / name).write_bytes(content[:-1000])
+    with pytest.raises(SystemExit):
+        train.main(arguments(corpus, tmp_path / "bad"))
+    assert "ckpt.prev.pt" in capsys.readouterr().err
+
+
+def test_divergence_stops_before_the_optimizer_moves(corpus, tmp_path, monkeypatch, capsys):
+    real, stepped = train.backward, []
+
+    def bad(model, batch, config, step, *rest):
+        loss = real(model, batch, config, step, *rest)
+        if step == 2:
+            next(model.parameters()).grad.view(-1)[0] = math.nan
+        return loss
+
+    monkeypatch.setattr(train, "backward", bad)
+    hook = register_optimizer_step_pre_hook(lambda *_: stepped.append(1))
+    with pytest.raises(SystemExit) as e:
+        train.main(arguments(corpus, tmp_path))
+    hook.remove()
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and "step 3, lr" in err and "--grad_clip 1" in err
+    assert len(stepped) == 2 and torch.load(tmp_path / "ckpt.pt")["step"] == 2
+    monkeypatch.setattr(train, "backward", real)
+    train.main(arguments(corpus, tmp_path, grad_clip=1))  # the advice can be followed
+    assert torch.load(tmp_path / "ckpt.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_the_run_goes_on(number, corpus, tmp_path, monkeypatch):
+    train.main(arguments(corpus, tmp_path / "whole"))
+    real = train.backward
+
+    def interrupted(model, batch, config, step, *rest):
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return real(model, batch, config, step, *rest)
+
+    argv = arguments(corpus, tmp_path / "cut", save_every=100)
+    monkeypatch.setattr(train, "backward", interrupted)
+    with pytest.raises(SystemExit) as e:
+        train.main(argv)
+    assert e.value.code == 128 + number
+    assert torch.load(tmp_path / "cut/ckpt.pt")["step"] == 2
+    monkeypatch.setattr(train, "backward", real)
+    train.main(argv)
+    states = [torch.load(tmp_path / f"{x}/ckpt.pt") for x in ("whole", "cut")]
+    assert same_state(*states)
+    assert untimed(log_of(tmp_path / "cut")) == untimed(log_of(tmp_path / "whole"))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(corpus, tmp_path):
+    """In a process of its own whose files may not grow beyond half a checkpoint."""
+    resource = pytest.importorskip("resource")
+    argv = arguments(corpus, tmp_path, max_steps=2)
+    train.main([*argv, "--log_every", "100"])
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    limit = len(before) // 2
+    done = subprocess.run(
+        [sys.executable, Path(train.__file__), *argv, "--max_steps", "4"],
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "ckpt" in done.stderr
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_a_second_run_on_the_same_folder_is_refused(corpus, tmp_path, capsys):
+    with data.lock(tmp_path), pytest.raises(SystemExit):
+        train.main(arguments(corpus, tmp_path))
+    assert "another process" in capsys.readouterr().err
+    train.main(arguments(corpus, tmp_path))
+
+
+def test_a_strategy_without_masks_and_a_missing_tokenizers(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    train.main(arguments(corpus, tmp_path, decoder="none", strategy="0,0.5,0.5"))
+    out = capsys.readouterr().out
+    assert "of masked tokens -" in out and "pip install tokenizers" in out and "FLOPs" in out
+
+
+# ------------------------------------------------------------------------------- finetune.py
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -951,9 +1104,6 @@ def test_readers_of_all_tasks(name, tmp_path, capsys):
 
 def classifier_of(n_classes=3, **changes):
     return shaken(m.Classifier(config_of(decoder="none", **changes), n_classes))
-
-
-ONE = train.Machine(0, 1, torch.device("cpu"), torch.float32)
 
 
 def test_padding_and_order_never_change_a_logit():
@@ -1130,6 +1280,35 @@ def test_a_killed_sweep_runs_each_point_exactly_once(encoder_folder, tmp_path, m
     assert 0 <= float(files["STS-B.tsv"][1].split("\t")[1]) <= 5
 
 
+def test_fine_tuning_follows_table_5(encoder_folder):
+    """Warm-up over 6% of the steps, then down to 0; decay 0.1 on matrices."""
+    seen = []
+
+    def hook(optimizer, *_):
+        seen.append([(g["lr"], g["weight_decay"]) for g in optimizer.param_groups])
+
+    settings = dict(lr=1.0, batch_size=2, epochs=10, seed=0)
+    handle = register_optimizer_step_pre_hook(hook)
+    net = ft.build(encoder_folder, False, 2, None, 0, 0.1)
+    settings["lr"] = 1e-3
+    assert ft.fine_tune(net, [[0, 5, 2]] * 20, np.array([0, 1] * 10), settings, VOCAB, ONE)
+    handle.remove()
+    lrs = np.interp(np.arange(100), [-1, 5, 6, 100], [0, 1e-3, 1e-3, 0])
+    assert np.allclose([x[0][0] for x in seen], lrs)
+    assert all((x[0][1], x[1][1]) == (0.1, 0.0) for x in seen)
+
+
+def test_results_of_another_encoder_and_divergence(encoder_folder, tmp_path, capsys):
+    files = own_files(tmp_path, rows=20)
+    argv = [*files[:2], f"--init={encoder_folder}", f"--out={tmp_path / 'out'}", "--device=cpu"]
+    ft.main([*argv, "--dtype=fp32", "--batch_size=4", "--epochs=1", "--lr", "1e30", "1e-3"])
+    runs = json.loads((tmp_path / "out/results.json").read_text())["runs"]
+    assert [r["diverged"] for r in runs] == [True, False] and runs[0]["score"] == 0
+    with pytest.raises(SystemExit):
+        ft.main([*argv, "--reinit"])
+    assert "--reinit True" in capsys.readouterr().err
+
+
 def test_tables_grid_is_table_5():
     args = ft.parse(["--task=all", "--glue=x", "--init=x", "--out=x", "--sweep"])
     for name in ft.TASKS:
@@ -1166,8 +1345,7 @@ def test_official_files_are_read_whole(name, rows, dev):
     assert len(next(iter(devs.values())).a) == dev
 
 
-# ------------------------------------------------------------------------------- bad input, all
-# commands
+# ------------------------------------------------------------------- bad input, all commands
 
 
 class Malice:
