@@ -596,9 +596,7 @@ def train(model, data, config, machine, log, state, caught):
     if use_compile(config, machine):
         model.compile()  # in place: the parameters keep their names
     k, n_m, _ = counts(config.seq_len, config.mask_rate, config.strategy)
-    row_flops = 3 * flops.forward(
-        raw.config, config.seq_len, n_m, k
-    )  # forward, and backward at 2 x
+    row_flops = 3 * flops.forward(raw.config, config.seq_len, n_m, k)  # backward takes 2 x forward
     peak = peak_flops(machine)
     val = validation_batches(data, config)
 
@@ -615,7 +613,7 @@ def train(model, data, config, machine, log, state, caught):
         total=config.max_steps, initial=first, desc="training", unit="step",
         disable=None if machine.rank == 0 else True,
     )  # fmt: skip
-    batch = step_batch(data, config, first, machine.device) if first < config.max_steps else None
+    batch = step_batch(data, config, first, machine.device)
     clock, since = time.perf_counter(), first
     for step in range(first, config.max_steps):
         lr = lr_at(step, config)
@@ -653,9 +651,8 @@ def train(model, data, config, machine, log, state, caught):
                 }  # fmt: skip
                 log.write(entry)
                 machine.say(
-                    f"step {done:>6}/{config.max_steps}  loss {loss:.3f}  lr {lr:.2e}  grad "
-                    f"{norm:.2f}  "
-                    f"{entry['tokens_per_s']:,} tok/s"
+                    f"step {done:>6}/{config.max_steps}  loss {loss:.3f}  lr {lr:.2e}  "
+                    f"grad {norm:.2f}  {entry['tokens_per_s']:,} tok/s"
                     + (f"  mfu {entry['mfu']:.0%}" if peak else "")
                 )
         stopping = stop > 0 or done == config.max_steps
