@@ -417,8 +417,11 @@ def prepare_default(out=DEFAULT_DATA, vocab_size=2048):
 
 
 def sha256_of(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # Prepared data -> batches

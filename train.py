@@ -125,8 +125,13 @@ def number_list(text):
 
 def parse(argv=None):
     """The command line as (Config, arguments that are no fields)."""
+    recipes = "\n".join(
+        f"  {name}: " + (", ".join(f"{k} {v}" for k, v in recipe.items()) or "the defaults")
+        for name, recipe in RECIPES.items()
+    )
     parser = argparse.ArgumentParser(
         description=__doc__,
+        epilog=f"* may change when a run goes on; nothing else may.\n\nThe recipes:\n{recipes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -136,9 +141,10 @@ def parse(argv=None):
     )
     parser.add_argument("--eval_only", action="store_true", help="evaluate the checkpoint in --out")
     for f in fields(Config):
-        shown = f.default if "default" not in f.metadata["help"] and f.default != "" else None
-        text = f.metadata["help"] + (f" (default: {shown})" if shown is not None else "")
-        text += " [may change when a run goes on]" * f.metadata.get("may_change", False)
+        text = f.metadata["help"] + " *" * f.metadata.get("may_change", False)
+        if "default" not in text and "auto" not in text and f.default != "":
+            shown = ",".join(map(str, f.default)) if f.type is tuple else f.default
+            text += f" (default: {shown})"
         kind = number_list if f.type is tuple else f.type
         parser.add_argument(
             f"--{f.name}", type=kind, help=text, default=argparse.SUPPRESS, metavar="X"
