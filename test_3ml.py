@@ -158,6 +158,44 @@ def test_block_is_torchs_transformer_layer(norm, cross):
         close(block(x, memory), theirs(x, memory) if cross else theirs(x))
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_is_a_fair_coin_per_element(p):
+    """Share, scale, independence of neighbours (four share a draw) and gradient, as F.dropout has
+    them."""
+    stats = pytest.importorskip("scipy.stats")
+    x = torch.ones(400_001, requires_grad=True)
+    y = m.dropout(x, p)
+    kept = (y > 0).long()
+    assert (
+        torch.equal(y[kept > 0].unique(), y[kept > 0][:1])
+        and abs(float(y.max()) - 1 / (1 - p)) < 1e-4
+    )
+    assert stats.binomtest(int(kept.sum()), len(x), 1 - p).pvalue > 1e-4
+    for lag in (1, 2, 3, 4):
+        pairs = torch.bincount(kept[:-lag] * 2 + kept[lag:], minlength=4).reshape(2, 2)
+        assert stats.chi2_contingency(pairs.numpy()).pvalue > 1e-4
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert torch.equal(m.dropout(x, 0.0), x) and m.Dropout(p).eval()(x) is not None
+
+
+def test_attention_on_a_cpu_drops_weights_not_keys():
+    """Its expectation is attention without dropout, padding stays unseen: against SDPA, by
+    averaging."""
+    net, x = shaken(m.Attention(32, 16, 0.5)), torch.randn(1, 6, 32)
+    mask = torch.tensor([1, 1, 1, 1, 0, 0], dtype=bool)[None, None, None]
+    expected = net(x, mask=mask)
+    net.train()
+    samples = torch.stack([net(x, mask=mask) for _ in range(4000)])
+    assert ((samples.mean(0) - expected).abs() < 5 * samples.std(0) / 4000**0.5 + 1e-6).all()
+    changed = x.clone()
+    changed[:, 4:] = 9
+    torch.manual_seed(1)
+    a = net(x, mask=mask)
+    torch.manual_seed(1)
+    assert torch.equal(a[:, :4], net(changed, mask=mask)[:, :4])
+
+
 @BOTH_DECODERS
 @BOTH_NORMS
 def test_what_a_mask_hides_never_reaches_the_model(decoder, norm):
