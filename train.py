@@ -104,8 +104,8 @@ class Config:
 # Table 4, and one of ours for a first look
 RECIPES = {
     "tiny": dict(
-        n_layer=3, n_embd=256, head_size=32, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=64,
-        batch_size=32, micro_batch_size=32, max_steps=3400, lr=4e-3, eval_every=400, save_every=400,
+        n_layer=3, n_embd=256, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=64,
+        batch_size=32, micro_batch_size=32, max_steps=3100, lr=4e-3, eval_every=400, save_every=400,
     ),
     "efficient-large": dict(
         n_layer=24, n_embd=1024, mask_rate=0.5, norm="pre", seq_len=128, batch_size=4096,
