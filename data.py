@@ -664,7 +664,8 @@ def main(argv=None):
         )
         files += [f for f in found if os.path.isfile(f)]
         if not any(os.path.isfile(f) for f in found):
-            fail(f"--input {pattern}: no such file")
+            what = "a folder; give its files, as 'DIR/*.txt'" if found else "no such file"
+            fail(f"--input {pattern}: {what}")
     if args.tokenizer:
         load_tokenizer(args.tokenizer)
     prepare(

@@ -451,7 +451,8 @@ def summarise(runs):
             metrics={
                 m: statistics.median(r["metrics"][m] for r in best) for m in best[0]["metrics"]
             },
-            collapsed=sum(r["collapsed"] for r in runs if r["task"] == name),
+            collapsed=sum(r["collapsed"] and not r["diverged"] for r in runs if r["task"] == name),
+            diverged=sum(r["diverged"] for r in runs if r["task"] == name),
             runs=sum(r["task"] == name for r in runs), subset=best[0].get("subset", False),
         )  # fmt: skip
     done = [summary[t]["score"] for t in TASKS if t in summary]
@@ -489,7 +490,11 @@ def print_table(results, missing):
             continue
         metrics = "  ".join(f"{m} {100 * v:.1f}" for m, v in s["metrics"].items())
         spread = f"{100 * s['spread'][0]:.1f}-{100 * s['spread'][1]:.1f}"
-        notes = ["subset"] * s["subset"] + [f"{s['collapsed']} collapsed"] * bool(s["collapsed"])
+        notes = (
+            [f"{s['diverged']} diverged"] * bool(s["diverged"])
+            + ["subset"] * s["subset"]
+            + [f"{s['collapsed']} collapsed"] * bool(s["collapsed"])
+        )
         cells = f"{100 * s['score']:>7.1f}{spread:>14}{s['seeds']:>7}{s['runs']:>6}"
         print(f"{name:<9}{metrics:<34}{cells}  {', '.join(notes)}")
     for name in missing:
@@ -520,6 +525,8 @@ def run_tasks(names, args, load, tokenizer, vocab, machine):
     old = [[r[k] for k in keys] for r in read_results(args.out)["runs"]]
     runs = [dict(task=name) | point for name in names for point in grid(name, args)]
     runs = [r for r in runs if [r[k] for k in keys] not in old]
+    if machine.rank == 0 and old and runs:
+        print(f"{len(runs)} runs of {', '.join(names)} are still to be made", flush=True)
     if machine.world > 1:
         dist.barrier()  # everybody has read what there is before anybody adds to it
     parent, made = Path(args.out) / "MNLI" / "hf", {}
@@ -657,7 +664,9 @@ def parse(argv=None):
         "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="(default auto)"
     )
     args = parser.parse_args(argv)
-    if bool(args.train) == bool(args.task):
+    if args.train and args.task:
+        fail("--train: is for a task of your own; leave --task out")
+    if not args.train and not args.task:
         fail("--task: name a GLUE task or all, or give --train and --dev of your own")
     if args.task and not args.glue:
         fail("--glue: missing; name the folder that holds GLUE's folders")

@@ -318,9 +318,17 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
+def die_with_torchrun():
+    """torchrun's workers have sessions of their own: without this, kill -9 of torchrun would leave
+    them running, and the folder locked."""
+    if platform.system() == "Linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 @contextmanager
 def start(config):
     """The Machine for this process, inside torchrun's process group if there is one."""
+    die_with_torchrun()
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     device = pick_device(config.device)
@@ -722,12 +730,11 @@ def report(model, data, config, machine, log, steps):
     print(
         f"\n{'validation perplexity':<36}{'all':>9}{'masked':>9}{'replaced':>10}{'unchanged':>11}"
     )
-    for rate, tag in ((config.mask_rate, ""), (COMMON_RATE, "_15")):
-        if rate == COMMON_RATE and config.mask_rate == COMMON_RATE:
-            continue
+    for rate, batch in val.items():
+        tag = "_15" if rate != config.mask_rate else ""
         rows = (
             (shown, [last[name + tag] for name in names]),
-            ("unigram", [perplexity(x) for x in means(unigram_nats(data, val[rate]))]),
+            ("unigram", [perplexity(x) for x in means(unigram_nats(data, batch))]),
         )
         for name, values in rows:
             cells = [number(x) for x in values]
@@ -836,7 +843,7 @@ def resume(config, machine, data, model):
                 "rate's schedule changes with it"
             )
         model.load_state_dict(state.pop("model"))
-        machine.say(f"{out}: going on after step {state['step']} of {config.max_steps}")
+        machine.say(f"{out}: {state['step']} of {config.max_steps} steps are done")
     step = state["step"] if state else 0
     if machine.sum([step])[0] != step * machine.world:
         fail(

@@ -35,28 +35,28 @@ def start(command, log):
     return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=env)
 
 
-def kill_until_done(command, kills, longest, log, seed, only_agent=False):
-    """Start, kill -9 after a random time, and again; then let it finish. Returns the kills "
-    "that hit."""
-    rng, hits = random.Random(seed), 0
+def kill_until_done(command, folder, kills, longest, log, seed, same, only_agent=False):
+    """Runs in fresh folders, each killed -9 after a random time again and again till it finishes by
+    itself, until `kills` have hit. Returns (hits, whether same(folder) held for every run)."""
+    rng, hits, survived, trial = random.Random(seed), 0, True, 0
     while hits < kills:
-        process = start(command, log)
-        try:
-            process.wait(rng.uniform(0.3, longest))
-            if process.returncode != 0:
-                raise SystemExit(f"failed by itself: {' '.join(command)}, see the log")
-            return hits
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL) if only_agent else os.killpg(
-                process.pid, signal.SIGKILL
-            )
-            process.wait()
-            hits += 1
-            while only_agent and any_left(process.pid):
-                time.sleep(0.2)
-    if start(command, log).wait() != 0:
-        raise SystemExit(f"did not finish after {hits} kills: {' '.join(command)}, see the log")
-    return hits
+        out = f"{folder}{trial}"
+        trial += 1
+        done = False
+        while not done:
+            process = start([x.replace("OUT", out) for x in command], log)
+            try:
+                process.wait(rng.uniform(0.5, longest))
+                done = True
+                survived &= process.returncode == 0
+            except subprocess.TimeoutExpired:
+                target = os.kill if only_agent else os.killpg
+                target(process.pid, signal.SIGKILL)
+                process.wait()
+                time.sleep(0.3)
+                hits += 1
+        survived &= same(Path(out))
+    return hits, survived
 
 
 def any_left(group):
@@ -106,46 +106,48 @@ def main():
         (here / "text.txt").write_text("\n\n".join(lines))
 
         def prepare(out):
-            text = f"--input {here}/text.txt --vocab_size 400 --out {here / out}"
+            text = f"--input {here}/text.txt --vocab_size 400 --out {out}"
             return [sys.executable, str(ROOT / "data.py"), *text.split()]
 
-        def train(out, launcher=()):
-            command = [*launcher, str(ROOT / "train.py")] if launcher else PLAIN
-            return [*command, "--data", str(here / "whole"), "--out", str(here / out), *SHAPE]
+        def train(out, launcher=PLAIN[:1]):
+            return [*launcher, PLAIN[1], "--data", str(here / "whole"), "--out", str(out), *SHAPE]
 
-        start(prepare("whole"), log).wait()
-        hits = kill_until_done(prepare("killed"), args.kills // 6, 4.0, log, 1)
-        metas = [
-            json.loads((here / x / "meta.json").read_text())["sha256"] for x in ("whole", "killed")
-        ]
-        table.append(("SIGKILL, preparing data", hits, metas[0] == metas[1]))
+        def same_data(out):
+            metas = [json.loads((x / "meta.json").read_text()) for x in (here / "whole", out)]
+            return metas[0]["sha256"] == metas[1]["sha256"]
 
-        start(train("one"), log).wait()
-        hits = kill_until_done(train("one-killed"), args.kills, 9.0, log, 2)
-        table.append(("SIGKILL, training", hits, same_end(here / "one", here / "one-killed")))
+        start(prepare(here / "whole"), log).wait()
+        start(train(here / "one"), log).wait()
+        start(train(here / "two", TWO), log).wait()
+        few = args.kills // 6
+        one, two = (lambda out, x=x: same_end(here / x, out) for x in ("one", "two"))
+        for name, command, kills, longest, same, agent in (
+            ("SIGKILL, preparing data", prepare("OUT"), few, 2.5, same_data, False),
+            ("SIGKILL, training", train("OUT"), args.kills, 6.0, one, False),
+            ("SIGKILL, two processes", train("OUT", TWO), few, 9.0, two, False),
+            ("SIGKILL, torchrun's agent", train("OUT", TWO), few, 9.0, two, True),
+        ):
+            folder = here / name.replace(" ", "-")
+            table.append(
+                (name, *kill_until_done(command, folder, kills, longest, log, 1, same, agent))
+            )
 
-        start(train("two", TWO), log).wait()
-        hits = kill_until_done(train("two-killed", TWO), args.kills // 6, 14.0, log, 3)
-        table.append(("SIGKILL, two processes", hits, same_end(here / "two", here / "two-killed")))
-        hits = kill_until_done(train("agent", TWO), args.kills // 6, 14.0, log, 4, only_agent=True)
-        table.append(("SIGKILL, torchrun's agent", hits, same_end(here / "two", here / "agent")))
-
-        process = start(train("term", TWO), log)
+        process = start(train(here / "term", TWO), log)
         while not (here / "term/ckpt.pt").exists():
             time.sleep(0.2)
         process.terminate()
         process.wait(60)
         time.sleep(1)
         clean = not any_left(process.pid)
-        start(train("term", TWO), log).wait()
+        start(train(here / "term", TWO), log).wait()
         table.append(
             ("SIGTERM, no orphans, goes on", 1, clean and same_end(here / "two", here / "term"))
         )
 
-        process = start(train("locked"), log)
+        process = start(train(here / "locked"), log)
         while not (here / "locked/log.jsonl").exists():
             time.sleep(0.1)
-        second = subprocess.run(train("locked"), capture_output=True, text=True)
+        second = subprocess.run(train(here / "locked"), capture_output=True, text=True)
         process.wait()
         refused = second.returncode == 2 and "another process" in second.stderr
         table.append(
