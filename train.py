@@ -323,6 +323,8 @@ def die_with_torchrun():
     them running, and the folder locked."""
     if platform.system() == "Linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+            sys.exit(1)  # it died before that line
 
 
 @contextmanager
