@@ -23,6 +23,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -71,9 +72,10 @@ def dropout(x, p):
     was asked."""
     if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    seed = int(torch.randint(2**63 - 1, ()))
+    bits = np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.int16)
     drop = round(p * 2**16)
-    keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= drop - 2**15
+    keep = torch.from_numpy(bits)[: x.numel()].view(x.shape) >= drop - 2**15
     return x * keep.to(x.dtype).mul_(2**16 / (2**16 - drop))
 
 
@@ -268,6 +270,43 @@ class CrossDecoder(nn.Module):
         return torch.cat([self.fc1(self.ln_f(x)), visible], dim=1)  # (B, k, d_en)
 
 
+class CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(logits.float(), labels, reduction="none") of logits (T, V) and labels (T,),
+    without (T, V) numbers in fp32: a few rows at a time, as many as a cache takes, and the gradient
+    along with the loss. Half as many rows again fit into memory, and exp is taken once."""
+
+    @staticmethod
+    def split(logits, *others):
+        rows = max(1, (1 << 20 if logits.device.type == "cpu" else 1 << 28) // logits.size(1))
+        return zip(*(x.split(rows) for x in (logits, *others)))
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        losses, grad = [], torch.empty_like(logits)  # (T, V)
+        for x, y, g in CrossEntropy.split(logits, labels.unsqueeze(1), grad):
+            x = exact(x)
+            p = x.softmax(1)
+            log_sum_exp = x.amax(1, True) - p.amax(1, True).log()
+            losses.append(log_sum_exp - x.gather(1, y))
+            g.copy_(p.scatter_add_(1, y, p.new_full(y.shape, -1.0)))
+        ctx.save_for_backward(grad)
+        return torch.cat(losses).squeeze(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        (saved,) = ctx.saved_tensors
+        grad = torch.empty_like(saved)
+        for x, scale, g in CrossEntropy.split(saved, upstream.unsqueeze(1), grad):
+            g.copy_(exact(x) * scale)
+        return grad, None
+
+
+def exact(x):
+    """x in fp32, or fp64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class MaskedLM(nn.Module):
     """Encoder, decoder and the prediction head they share: FC1 (in the decoder), GELU, LayerNorm,
     and FC2 tied to the word embedding (Appendix D)."""
@@ -296,9 +335,11 @@ class MaskedLM(nn.Module):
     def forward(self, batch):
         """batch: a data.Corrupted. Returns the losses (B, k) in nats, in the order of
         batch.predict."""
-        logits = self.logits(batch).flatten(0, 1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits, batch.labels.flatten(), reduction="none")
+        logits = self.logits(batch).flatten(0, 1)  # (B·k, V)
+        if torch.compiler.is_compiling():  # which fuses the same of itself
+            losses = F.cross_entropy(exact(logits), batch.labels.flatten(), reduction="none")
+        else:
+            losses = CrossEntropy.apply(logits, batch.labels.flatten())
         return losses.view_as(batch.labels)
 
 

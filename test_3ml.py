@@ -158,6 +158,21 @@ def test_block_is_torchs_transformer_layer(norm, cross):
         close(block(x, memory), theirs(x, memory) if cross else theirs(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_cross_entropy_is_torchs_in_losses_and_gradients(dtype):
+    """Over more rows than it takes at once, each with a weight of its own in the mean."""
+    logits = (5 * torch.randn(230, 50_000)).to(dtype).requires_grad_()
+    labels, upstream = torch.randint(50_000, (230,)), torch.rand(230).to(m.exact(logits).dtype)
+    expected = F.cross_entropy(m.exact(logits), labels, reduction="none")
+    (grad,) = torch.autograd.grad(expected, logits, upstream)
+    losses = m.CrossEntropy.apply(logits, labels)
+    (ours,) = torch.autograd.grad(losses, logits, upstream)
+    close(losses, expected)
+    assert ours.dtype == dtype and len(list(m.CrossEntropy.split(logits, labels))) > 2
+    rounding = {torch.bfloat16: 2**-7, torch.float32: 1e-4, torch.float64: 1e-9}[dtype]
+    torch.testing.assert_close(ours, grad, rtol=rounding, atol=1e-9)
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_is_a_fair_coin_per_element(p):
     """Share, scale, independence of neighbours (four share a draw) and gradient, as F.dropout has

@@ -315,7 +315,7 @@ def keep_freed_memory():
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mmap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 def die_with_torchrun():

@@ -1,59 +1,73 @@
-"""Seconds per step of 3ML, of vanilla MLM in the same code, and of transformers' RoBERTa, in one
-run.
+"""What the clock says of 3ML, of vanilla MLM in the same code, and of transformers' RoBERTa.
 
-    python experiments/speed.py                               CPU: base, n 128, batch 16
-    python experiments/speed.py --shape large --batch 8 --rounds 4 --only vanilla-15 self-50
-    self-40 cross-40 python experiments/speed.py --device cuda --shape large --batch 1024 --micro
-    256 --compile yes
+    python experiments/speed.py                     base, n 128, batch 16: seconds per step
+    python experiments/speed.py steps --shape large --batch 8 --rounds 4 --only vanilla-15 self-50
+    python experiments/speed.py steps --device cuda --shape large --batch 1024 --micro 256 --compile
+    python experiments/speed.py sweep               tokens/s over row length, masking rate and width
+    python experiments/speed.py batch               the largest batch that fits into --gb of memory
+    python experiments/speed.py ddp                 two processes of one core against two runs apart
+    python experiments/speed.py data --text 'corpus/*.txt'    data.py against tokenizers' own speed
+    python experiments/speed.py start --text 'corpus/*.txt'   from the command to the first step
 
-On a CPU each contender is a process of its own (so that memory and allocator are its own) and
-they take turns, one step each, A B C A B C ...; on a GPU they come one after another in one
-process. A step is what train.py does: rows, corruption, forward, backward, gradient norm,
-optimizer. `hf-15 default` is transformers as it comes under the same autocast and optimizer;
-`hf-15` has train.py's allocator settings and compile too. Prints a table, and writes it with
-every step's seconds to --out as JSON."""
+On a CPU each contender is a process of its own, so that memory and allocator are its own, and they
+take turns, a step each, A B C A B C ...; ratios are medians over the rounds. On a GPU they come one
+after another in one process. A step is what train.py does: rows, corruption, forward, backward,
+gradient norm, optimizer. `hf-15 default` is transformers as it comes, under the same autocast and
+optimizer; `hf-15` has train.py's allocator settings and compile too. FLOP/s are flops.forward x 3,
+for hf as well, though it sends every position through the head. --out writes all seconds as JSON.
+"""
 
 import argparse
+import glob
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import flops
-import train
-from data import Data, Vocab, counts
-from model import MaskedLM
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import flops  # noqa: E402
+import train  # noqa: E402
+from data import Data, Vocab, counts, load_tokenizer  # noqa: E402
+from model import MaskedLM  # noqa: E402
 
+V = 50265
 SHAPES = {
     "base": dict(n_layer=12, n_embd=768, norm="post", seq_len=128),
     "base512": dict(n_layer=12, n_embd=768, norm="post", seq_len=512),
     "large": dict(n_layer=24, n_embd=1024, norm="pre", seq_len=128),
 }
 MODELS = {  # decoder, masking rate
-    "hf-15 default": ("hf", 0.15),
-    "hf-15": ("hf", 0.15),
-    "vanilla-15": ("none", 0.15),
-    "vanilla-40": ("none", 0.4),
-    "self-40": ("self", 0.4),
-    "self-50": ("self", 0.5),
-    "cross-40": ("cross", 0.4),
-}
+    "hf-15 default": ("hf", 0.15), "hf-15": ("hf", 0.15), "vanilla-15": ("none", 0.15),
+    "self-50": ("self", 0.5), "vanilla-40": ("none", 0.4), "self-40": ("self", 0.4),
+    "cross-40": ("cross", 0.4), "self-50 compiled": ("self", 0.5),
+}  # fmt: skip
+# what a machine of 24 GB holds at once; vanilla-15, to compare with, is in each
+GROUPS = [
+    ["hf-15 default", "hf-15", "vanilla-15", "self-50"],
+    ["vanilla-15", "vanilla-40", "self-40", "cross-40"],
+]
+LARGE_GROUPS = [["vanilla-15", name] for name in ("self-50", "self-40", "cross-40")]
+
+
+# The contenders
 
 
 class RandomTokens(Data):
     """Data without a folder: words at random, RoBERTa's vocabulary."""
 
     def __init__(self, size=1 << 22):
-        self.vocab = Vocab(50265)
+        self.vocab = Vocab(V)
         rng = np.random.default_rng(0)
-        self.tokens = {"train": rng.integers(4, 50264, size, np.uint16)}
+        self.tokens = {"train": rng.integers(4, V - 1, size, np.uint16)}
 
 
 class HuggingFace(torch.nn.Module):
@@ -65,15 +79,10 @@ class HuggingFace(torch.nn.Module):
 
         name = "Roberta" if config.norm == "post" else "RobertaPreLayerNorm"
         c = getattr(transformers, name + "Config")(
-            vocab_size=50265,
-            max_position_embeddings=config.seq_len + 2,
-            num_hidden_layers=config.n_layer,
-            hidden_size=config.n_embd,
-            num_attention_heads=config.n_embd // 64,
-            intermediate_size=4 * config.n_embd,
-            type_vocab_size=1,
-            layer_norm_eps=1e-5,
-        )
+            vocab_size=V, max_position_embeddings=config.seq_len + 2, layer_norm_eps=1e-5,
+            num_hidden_layers=config.n_layer, hidden_size=config.n_embd, type_vocab_size=1,
+            num_attention_heads=config.n_embd // 64, intermediate_size=4 * config.n_embd,
+        )  # fmt: skip
         self.net = getattr(transformers, name + "ForMaskedLM")(c)
 
     def forward(self, batch):
@@ -82,37 +91,36 @@ class HuggingFace(torch.nn.Module):
 
 
 class Contender:
-    def __init__(self, name, shape, batch, micro, device, dtype, compile, sweep):
+    """A model, its optimizer and its data, a step at a time."""
+
+    def __init__(
+        self, name, batch, micro=None, shape="base", device="cpu", compile=False, **fields
+    ):
         decoder, rate = MODELS[name]
+        fields = {"mask_rate": rate} | SHAPES[shape] | fields
         self.config = train.Config(
-            **{**SHAPES[shape], **sweep.get("shape", {})},
-            decoder="none" if decoder == "hf" else decoder,
-            mask_rate=sweep.get("rate", rate),
-            batch_size=batch,
-            micro_batch_size=micro,
-            lr=1e-4,
-            device=device,
-            dtype=dtype,
-        )
-        if "default" not in name and device == "cpu":
+            **fields, decoder="none" if decoder == "hf" else decoder, lr=1e-4, batch_size=batch,
+            micro_batch_size=micro or batch,
+        )  # fmt: skip
+        self.config.n_positions = self.config.seq_len
+        if device == "cpu" and "default" not in name:
             train.keep_freed_memory()
         torch.set_float32_matmul_precision("high")
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = torch.device(device)
+        self.machine = train.Machine(rank, world, device, train.pick_dtype("auto", device))
         torch.manual_seed(0)
-        self.config.n_positions = self.config.seq_len
-        self.data, device = RandomTokens(), torch.device(device)
-        self.machine = train.Machine(0, 1, device, train.pick_dtype(dtype, device))
-        self.model = (
-            HuggingFace(self.config)
-            if decoder == "hf"
-            else MaskedLM(train.model_config(self.config, 50265))
-        )
+        config = train.model_config(self.config, V)
+        self.model = HuggingFace(self.config) if decoder == "hf" else MaskedLM(config)
         self.model.to(device).train()
         self.optimizer = train.make_optimizer(self.model, self.config)
-        if compile and "default" not in name:
+        if world > 1:
+            torch.distributed.init_process_group("gloo")
+            self.model = torch.nn.parallel.DistributedDataParallel(self.model)
+        if (compile and "default" not in name) or "compiled" in name:
             self.model.compile()
-        self.done = 0
+        self.data, self.done = RandomTokens(), 0
         k, n_m, _ = counts(self.config.seq_len, self.config.mask_rate, self.config.strategy)
-        config = train.model_config(self.config, 50265)
         self.flops = 3 * batch * flops.forward(config, self.config.seq_len, n_m, k)
 
     def now(self):
@@ -127,196 +135,383 @@ class Contender:
         t.append(self.now())
         loss = train.backward(self.model, batch, self.config, self.done, self.machine)
         t.append(self.now())
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None]
-        )
-        assert torch.isfinite(loss + norm)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        assert torch.isfinite(loss + torch.nn.utils.get_total_norm(grads))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         t.append(self.now())
         self.done += 1
         return [b - a for a, b in zip(t, t[1:])]
 
-    def peak_memory(self):
+    def answer(self):
+        """A step, as the table wants it."""
+        data, model, optimizer = self.step()
         if self.machine.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds = data + model + optimizer
+        return dict(seconds=seconds, data=data, optimizer=optimizer, bytes=peak, flops=self.flops)
 
 
-def product_rate(device, dtype, size):
-    """FLOP/s of a square matrix product on random data, the best of several."""
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        t = time.perf_counter()
-        for _ in range(10 if device == "cuda" else 1):
-            a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - t) / (10 if device == "cuda" else 1))
-    return 2 * size**3 / best
+class Process:
+    """A Contender in a process of its own: a step for each line it reads. With `core`, on that
+    core alone."""
+
+    def __init__(self, core=None, env=(), **settings):
+        self.pipe = subprocess.Popen(
+            [sys.executable, __file__, "worker", json.dumps(settings)],
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | dict(env),
+            preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, [core]),
+        )  # fmt: skip
+
+    def ask(self):
+        self.pipe.stdin.write("step\n")
+        self.pipe.stdin.flush()
+
+    def hear(self):
+        """What a step took; None if it did not fit into memory."""
+        line = self.pipe.stdout.readline()
+        return json.loads(line) if line else None
+
+    def end(self):
+        self.pipe.stdin.close()
+        self.pipe.wait()
 
 
 def worker(settings):
-    """A contender behind a pipe: a step for each line read."""
+    if gb := settings.pop("gb", None):
+        resource.setrlimit(resource.RLIMIT_DATA, (int(gb * 1e9),) * 2)
     contender = Contender(**settings)
     for _ in sys.stdin:
-        print(json.dumps([contender.step(), contender.peak_memory(), contender.flops]), flush=True)
+        print(json.dumps(contender.answer()), flush=True)
 
 
-def take_turns(settings, rounds, warmup):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps(s)],
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        for s in settings
-    ]
-    results = [[] for _ in settings]
-    rates = []
-    dtype = train.pick_dtype(settings[0]["dtype"], torch.device("cpu"))
+def say(*what):
+    print(*what, file=sys.stderr, flush=True)
+
+
+def product_rate(device, size):
+    """FLOP/s of a square matrix product in the dtype of the steps, the best of several."""
+    dtype, cuda = train.pick_dtype("auto", torch.device(device)), device == "cuda"
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best, times = float("inf"), 10 if cuda else 1
+    for _ in range(8):
+        torch.cuda.synchronize() if cuda else None
+        t = time.perf_counter()
+        for _ in range(times):
+            a @ b
+        torch.cuda.synchronize() if cuda else None
+        best = min(best, (time.perf_counter() - t) / times)
+    return 2 * size**3 / best
+
+
+# steps: the table
+
+
+def take_turns(names, rounds, warmup, **settings):
+    """{name: [a dict per step]} and the product rate, all measured side by side."""
+    processes = {name: Process(name=name, **settings) for name in names}
+    results, rate = {name: [] for name in names}, 0
     for r in range(warmup + rounds):
-        rates.append(product_rate("cpu", dtype, 2048))
-        for process, result in zip(processes, results):
-            process.stdin.write("step\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
+        rate = max(rate, product_rate("cpu", 2048))
+        for name, process in processes.items():
+            process.ask()
+            step = process.hear()
             if r >= warmup:
-                result.append(answer)
-        print(
+                results[name].append(step)
+        say(
             f"round {r + 1}/{warmup + rounds}",
-            [round(sum(x[-1][0]), 3) for x in results if x],
-            file=sys.stderr,
+            *(f"{x[-1]['seconds']:.3f}" for x in results.values() if x),
         )
-    for process in processes:
-        process.stdin.close()
-        process.wait()
-    return results, max(rates)
+    for process in processes.values():
+        process.end()
+    return results, rate
 
 
-def one_by_one(settings, rounds, warmup):
-    results = []
-    rate = product_rate("cuda", torch.bfloat16, 8192)
-    for s in settings:
+def one_by_one(names, rounds, warmup, **settings):
+    """The same on a GPU; None where memory did not suffice."""
+    results, rate = {}, product_rate("cuda", 8192)
+    for name in names:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
-            contender = Contender(**s)
-            steps = [contender.step() for _ in range(warmup + rounds)][warmup:]
-            results.append([(x, contender.peak_memory(), contender.flops) for x in steps])
+            contender = Contender(name=name, **settings)
+            results[name] = [contender.answer() for _ in range(warmup + rounds)][warmup:]
         except torch.cuda.OutOfMemoryError:
-            results.append(None)
+            results[name] = None
         contender = None
+        say(name, results[name] and [round(x["seconds"], 3) for x in results[name]])
+    return results, max(rate, product_rate("cuda", 8192))
+
+
+def ratio(a, b):
+    """Median of a's seconds over b's, step by step."""
+    return statistics.median(x["seconds"] / y["seconds"] for x, y in zip(a, b))
+
+
+def steps(args):
+    n = SHAPES[args.shape]["seq_len"]
+    settings = dict(shape=args.shape, batch=args.batch, micro=args.micro, device=args.device)
+    settings |= dict(compile=args.compile)
+    groups = LARGE_GROUPS if args.shape == "large" else GROUPS
+    groups = [args.only] if args.only else groups
+    run = take_turns if args.device == "cpu" else one_by_one
+    measured = [run(names, args.rounds, args.warmup, **settings) for names in groups]
+    rate = max(rate for _, rate in measured)
+    print(
+        f"{args.shape}, n {n}, batch {args.batch}, micro-batch {args.micro or args.batch}, "
+        f"{args.device}, compile {args.compile}, torch {torch.__version__}; "
+        f"matrix products at {rate / 1e12:.3f} TFLOP/s"
+    )
+    print(
+        f"{'':<17}{'tokens/s':>9}{'s/step':>8}{'least-most':>14}{'TFLOP/s':>9}{'of rate':>9}"
+        f"{'GB':>7}{'data':>7}{'norm, AdamW':>13}"
+    )
+    for results, _ in measured:
+        for name, x in results.items():
+            if x is None:
+                print(f"{name:<17} out of memory")
+                continue
+            seconds = [s["seconds"] for s in x]
+            middle = statistics.median(seconds)
+            speed = x[0]["flops"] / middle
+            data, optimizer = (statistics.median(s[k] for s in x) for k in ("data", "optimizer"))
+            print(
+                f"{name:<17}{args.batch * n / middle:>9,.0f}{middle:>8.3f}"
+                f"{f'{min(seconds):.3f}-{max(seconds):.3f}':>14}{speed / 1e12:>9.3f}"
+                f"{speed / rate:>9.1%}{x[-1]['bytes'] / 1e9:>7.2f}{data / middle:>7.2%}"
+                f"{optimizer / middle:>13.1%}"
+            )
+    for results, _ in measured:
+        base = results.get("vanilla-15")
+        for name, x in results.items():
+            if base and x and name.startswith(("self", "cross")):
+                clock, counted = ratio(base, x), base[0]["flops"] / x[0]["flops"]
+                print(
+                    f"vanilla-15 / {name}: clock {clock:.3f}, FLOPs {counted:.3f}; clock over "
+                    f"FLOPs {clock / counted:.3f}"
+                )
+            if name.startswith("hf") and x and results.get("self-50"):
+                print(f"{name} / self-50: clock {ratio(x, results['self-50']):.2f}")
+    return dict(product_rate=rate, results=[x for x, _ in measured])
+
+
+# sweep, batch, ddp: what becomes of it as work grows
+
+
+def alone(rounds=2, **settings):
+    """Steps of one contender in a process of its own, after one to warm up; 0: that one alone."""
+    process = Process(**settings)
+    answers = []
+    for _ in range(1 + rounds):
+        process.ask()
+        answers.append(process.hear())
+    process.end()
+    return answers[-rounds:] if rounds else answers
+
+
+def sweep(args):
+    """Tokens/s, 2,048 tokens a step throughout."""
+    results = []
+
+    def line(**settings):
+        x = alone(shape="base", **settings)
+        seconds = statistics.median(s["seconds"] for s in x)
+        settings |= dict(
+            seconds=seconds, tokens_per_s=2048 / seconds, flops_per_s=x[0]["flops"] / seconds
+        )
+        results.append(settings)
+        return f"{2048 / seconds:>9,.0f}{x[0]['flops'] / seconds / 1e12:>9.3f}"
+
+    names = ("vanilla-15", "self-50")
+    print(f"{'tokens/s, TFLOP/s':<20}" + "".join(f"{name:>18}" for name in names))
+    for n in (64, 128, 256, 512):
+        cells = [line(name=name, seq_len=n, batch=2048 // n) for name in names]
+        print(f"{f'n {n}':<20}" + "".join(cells), flush=True)
+    for width in (256, 512, 768, 1024):
+        cells = [line(name=name, n_embd=width, batch=16) for name in names]
+        print(f"{f'width {width}':<20}" + "".join(cells), flush=True)
+    print(f"{'':<20}{'vanilla':>18}{'self':>18}{'cross':>18}")
+    for r in (0.15, 0.3, 0.4, 0.5, 0.65, 0.8):
+        cells = [line(name=x, mask_rate=r, batch=16) for x in ("vanilla-15", "self-50", "cross-40")]
+        print(f"{f'r {r:.0%}':<20}" + "".join(cells), flush=True)
+    return results
+
+
+def batch(args):
+    """The largest power of two whose step does not fail for want of memory."""
+    results = {}
+    print(f"{'':<17}{'largest batch in':>18}{f'{args.gb:g} GB':>7}{'GB at 16':>10}")
+    for name in ("hf-15", "vanilla-15", "self-50"):
+        sizes, size = {}, 16
+        while x := alone(rounds=0, name=name, batch=size, gb=args.gb)[0]:
+            sizes[size] = x["bytes"]
+            say(name, size, x["bytes"] / 1e9)
+            size *= 2
+        results[name] = sizes
+        print(f"{name:<17}{max(sizes):>25}{sizes[16] / 1e9:>10.2f}", flush=True)
+    return results
+
+
+def ddp(args):
+    """Two processes on a core each, 8 rows each: with DistributedDataParallel, and apart."""
+    port = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29555",
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    together = [
+        Process(core, port | {"RANK": str(core)}, name="self-50", batch=16, micro=8)
+        for core in (0, 1)
+    ]
+    one = {"OMP_NUM_THREADS": "1"}
+    apart = [Process(core, one, name="self-50", batch=8) for core in (0, 1)]
+    seconds = {"together": [], "apart": []}
+    for r in range(args.warmup + args.rounds):
+        for name, pair in (("together", together), ("apart", apart)):
+            for process in pair:
+                process.ask()
+            both = [process.hear()["seconds"] for process in pair]
+            if r >= args.warmup:
+                seconds[name].append(max(both))
+        say(f"round {r + 1}", {k: x[-1:] for k, x in seconds.items()})
+    for process in together + apart:
+        process.end()
+    share = statistics.median(a / b for a, b in zip(seconds["apart"], seconds["together"]))
+    print(f"DDP, 2 processes x 1 core, base self-50, 8 rows each: {share:.0%} of two runs apart")
+    return seconds | {"efficiency": share}
+
+
+# data, start: the commands around it
+
+
+def timed(command, **more):
+    """(seconds, peak bytes) of a command and its text; it must succeed."""
+    t = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, **more)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, command
+    return time.perf_counter() - t, usage.ru_maxrss * 1024
+
+
+def data(args):
+    """data.py with a tokenizer at hand, against encode_batch_fast on the same text in memory."""
+    texts = [Path(f).read_bytes() for f in sorted(glob.glob(args.text))]
+    whole = b"\n\n".join(texts)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        (here / "sample.txt").write_bytes(whole[: 20 << 20])
+        prepare = [str(ROOT / "data.py"), "--input"]
+        timed([*prepare, str(here / "sample.txt"), "--out", str(here / "bpe")])
+        tokenizer, _ = load_tokenizer(here / "bpe/tokenizer.json")
+        documents = whole[: 64 << 20].decode(errors="ignore").split("\n\n")
+        t = time.perf_counter()
+        for i in range(0, len(documents), 4096):
+            tokenizer.encode_batch_fast(documents[i : i + 4096], add_special_tokens=False)
+        own = sum(map(len, documents)) / (time.perf_counter() - t)
         print(
-            s["name"],
-            results[-1] and [round(sum(x[0]), 3) for x in results[-1]],
-            file=sys.stderr,
+            f"tokenizers' encode_batch_fast: {own / 1e6:.2f} MB/s on {os.cpu_count()} cores",
             flush=True,
         )
-    return results, max(rate, product_rate("cuda", torch.bfloat16, 8192))
+        results["encode_batch_fast"] = own
+        for size in (100, 1000):
+            text = here / f"{size}.txt"
+            with open(text, "wb") as f:
+                for _ in range(-(-size * 10**6 // len(whole))):
+                    f.write(
+                        whole[: size * 10**6 - f.tell()].decode(errors="ignore").encode() + b"\n\n"
+                    )
+            command = [*prepare, str(text), "--tokenizer", str(here / "bpe/tokenizer.json")]
+            seconds, peak = timed([*command, "--out", str(here / f"{size}")])
+            results[size] = dict(seconds=seconds, bytes=peak)
+            print(
+                f"data.py, {size} MB: {seconds:.0f} s, {size / seconds:.2f} MB/s, peak memory "
+                f"{peak / 1e6:.0f} MB",
+                flush=True,
+            )
+    return results
+
+
+def start(args):
+    """Seconds from `python train.py`, base shape, to its line about the model, and to its first
+    step's."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "text.txt").write_bytes(
+            b"\n\n".join(Path(f).read_bytes() for f in sorted(glob.glob(args.text)))
+        )
+        prepare = [
+            str(ROOT / "data.py"),
+            "--input",
+            f"{folder}/text.txt",
+            "--out",
+            f"{folder}/data",
+        ]
+        timed(prepare)
+        seconds = []
+        for i in range(3):
+            command = (
+                f"{ROOT}/train.py --recipe longer-base --seq_len 128 --batch_size 16 --max_steps 1 "
+                f"--micro_batch_size 16 --log_every 1 --eval_rows 16 --device cpu "
+                f"--data {folder}/data --out {folder}/out{i}"
+            )
+            t = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, *command.split()], stdout=subprocess.PIPE, text=True,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            lines = {}
+            for line in process.stdout:
+                for key in ("parameters on", "step      1/1  loss"):
+                    if key in line:
+                        lines[key.split()[0]] = time.perf_counter() - t
+            process.wait()
+            seconds.append(lines)
+    middle = {k: statistics.median(x[k] for x in seconds) for k in seconds[0]}
+    print(
+        f"to the model: {middle['parameters']:.1f} s; to the end of the first step: "
+        f"{middle['step']:.1f} s"
+    )
+    return seconds
 
 
 def main():
+    modes = {
+        "steps": steps,
+        "sweep": sweep,
+        "batch": batch,
+        "ddp": ddp,
+        "data": data,
+        "start": start,
+    }
+    if sys.argv[1:2] == ["worker"]:
+        return worker(json.loads(sys.argv[2]))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("what", choices=modes, nargs="?", default="steps")
     parser.add_argument("--shape", choices=SHAPES, default="base")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16, help="rows of a step (default: 16)")
     parser.add_argument("--micro", type=int, help="rows at once (default: the batch)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=11, help="steps of each (default: 11)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before those (default: 2)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--compile", choices=("yes", "no"), default="no")
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(
-        "--sweep",
-        type=json.loads,
-        default={},
-        help='changes, as {"shape": {"seq_len": 256}, "rate": 0.3}',
+        "--compile", action="store_true", help="torch.compile all but hf-15 default"
     )
+    parser.add_argument("--only", nargs="+", choices=MODELS, help="these contenders alone")
+    parser.add_argument("--gb", type=float, default=20, help="batch: memory in GB (default: 20)")
+    parser.add_argument("--text", default="", help="data, start: UTF-8 text files, a glob")
     parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        return worker(args.worker)
-    settings = [
-        dict(
-            name=name,
-            shape=args.shape,
-            batch=args.batch,
-            micro=args.micro or args.batch,
-            device=args.device,
-            dtype=args.dtype,
-            compile=args.compile == "yes",
-            sweep=args.sweep,
-        )
-        for name in args.only
-    ]
-    run = take_turns if args.device == "cpu" else one_by_one
-    results, rate = run(settings, args.rounds, args.warmup)
-    n = args.sweep.get("shape", {}).get("seq_len", SHAPES[args.shape]["seq_len"])
-    table = {}
-    for name, steps in zip(args.only, results):
-        if steps is None:
-            table[name] = None
-            continue
-        seconds = [sum(x) for x, *_ in steps]
-        middle = statistics.median(seconds)
-        table[name] = dict(
-            tokens_per_s=args.batch * n / middle,
-            seconds=middle,
-            spread=[min(seconds), max(seconds)],
-            flops_per_s=steps[0][2] / middle,
-            share_of_peak=steps[0][2] / middle / rate,
-            peak_gb=steps[-1][1] / 1e9,
-            data_share=statistics.median(x[0] for x, *_ in steps) / middle,
-            optimizer_share=statistics.median(x[2] for x, *_ in steps) / middle,
-            flops=steps[0][2],
-            all=seconds,
-        )
-    print(
-        f"{args.shape}, n {n}, batch {args.batch}, micro-batch {args.micro or args.batch}, "
-        f"{args.device}, compile "
-        f"{args.compile}, torch {torch.__version__}; products at {rate / 1e12:.2f} TFLOP/s"
-    )
-    print(
-        f"{'':<15}{'tok/s':>10}{'s/step':>9}{'min-max':>16}{'TFLOP/s':>9}{'of peak':>9}{'GB':>7}"
-        f"{'data':>7}{'opt.':>7}"
-    )
-    for name, t in table.items():
-        if t is None:
-            print(f"{name:<15} out of memory")
-            continue
-        spread = f"{t['spread'][0]:.3f}-{t['spread'][1]:.3f}"
-        print(
-            f"{name:<15}{t['tokens_per_s']:>10,.0f}{t['seconds']:>9.3f}{spread:>16}"
-            f"{t['flops_per_s'] / 1e12:>9.2f}"
-            f"{t['share_of_peak']:>9.1%}{t['peak_gb']:>7.2f}{t['data_share']:>7.1%}{t['optimizer_share']:>7.1%}"
-        )
-    if base := table.get("vanilla-15"):
-        for name, t in table.items():
-            if t and name.startswith(("self", "cross")):
-                clock = statistics.median(a / b for a, b in zip(base["all"], t["all"]))
-                print(
-                    f"vanilla-15 / {name}: clock {clock:.3f}, FLOPs "
-                    f"{base['flops'] / t['flops']:.3f}, "
-                    f"clock over FLOPs {clock / (base['flops'] / t['flops']):.3f}"
-                )
-    for hf in ("hf-15 default", "hf-15"):
-        if table.get(hf) and table.get("self-50"):
-            ratio = statistics.median(
-                a / b for a, b in zip(table[hf]["all"], table["self-50"]["all"])
-            )
-            print(f"{hf} / self-50: clock {ratio:.2f}")
+    if args.what in ("data", "start") and not glob.glob(args.text):
+        parser.error(f"--text {args.text!r}: no such files; name UTF-8 text, 60 MB or more")
+    results = modes[args.what](args)
     if args.out:
-        Path(args.out).write_text(
-            json.dumps(dict(args=vars(args), product_rate=rate, table=table), indent=1)
-        )
+        results = dict(args=vars(args), torch=torch.__version__, measured=results)
+        Path(args.out).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
