@@ -22,6 +22,7 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 import sys
 import sysconfig
 import tempfile
@@ -86,7 +87,11 @@ def lock(directory, wait=False):
             pass
         except OSError:
             fail(f"{directory}: another process writes there; wait for it, or take another folder")
-        yield
+        try:
+            yield
+        finally:
+            if os.listdir(directory) == [".lock"]:  # refused: leave nothing behind
+                shutil.rmtree(directory)
 
 
 def seed_of(*parts):
@@ -387,8 +392,9 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val=0.01,
             meta["tokens"][part], meta["sha256"][path.name] = tokenize(
                 documents, tokenizer, vocab, dtype, path, len(order)
             )
+        meta["asked"] = asked
         with atomic(out / "meta.json", "w") as g:
-            json.dump(meta | {"asked": asked}, g, indent=1)
+            json.dump(meta | {"check": check_of(meta)}, g, indent=1)
     tokens, documents = meta["tokens"], meta["documents"]
     print(
         f"{out}: {tokens['train']:,} tokens of {documents['train']:,} documents to train on, "
@@ -424,6 +430,11 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
+def check_of(meta):
+    """Of all that meta.json says, so that no digit in it can change unseen."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 # Prepared data -> batches
 
 
@@ -431,9 +442,8 @@ def read_meta(directory):
     path = Path(directory) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        Vocab(**meta["vocab"])
-        _ = [np.dtype(meta["dtype"]), meta["asked"], meta["sha256"]["tokenizer.json"]]
-        _ = [int(meta["tokens"][part]) for part in ("train", "val")]
+        if meta.pop("check") != check_of(meta):
+            raise ValueError("not what was written")
         return meta
     except FileNotFoundError:
         fail(
@@ -677,4 +687,8 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        print(
+            "interrupted; the same command begins again, nothing half-written is left",
+            file=sys.stderr,
+        )
         sys.exit(130)

@@ -765,4 +765,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        print(
+            "interrupted; the same command keeps the finished runs of results.json", file=sys.stderr
+        )
         sys.exit(130)

@@ -17,6 +17,8 @@ Where the paper's print and its own sums disagree, this file follows the sums:
   * "n_de = 0.8nr and n_de = (1 - 0.8r)n": the second is n_en.
 """
 
+import argparse
+
 
 def msa(n, d):
     """Multi-head self-attention: projections 8nd^2, attention map and sum 4n^2d."""
@@ -130,7 +132,10 @@ def run(size, decoder, r, u):
     return (three_ml_self if decoder == "self" else three_ml_cross)(**settings, **three_ml)
 
 
-def main():
+def main(argv=None):
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
     print("Table 3: pre-training FLOPs against vanilla MLM at 15%")
     print(f"{'model':<20}{'size':<7}{'updates':>8}{'FLOPs':>10}{'speed-up':>10}{'paper':>7}")
     baseline = {s: run(s, "none", 0.15, u) for s, u in (("large", 23_000), ("base", 125_000))}

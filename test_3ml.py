@@ -32,6 +32,8 @@ import flops
 import model as m
 import train
 from data import Corrupted, Data, Vocab, corrupt, counts
+from experiments.faults import equal as same_state
+from experiments.faults import log_of, same_end, untimed
 
 VOCAB = Vocab(size=99, mask=98)
 SHAPE = dict(vocab_size=99, n_positions=20, n_layer=2, n_embd=32, head_size=16, n_embd_dec=16)
@@ -503,6 +505,18 @@ def prepared(folder, texts=TEXTS * 3, doc="blank", **options):
     return Data(Path(folder) / doc)
 
 
+def test_no_changed_bit_of_meta_json_is_believed(tmp_path, capsys):
+    d = prepared(tmp_path)
+    path = d.directory / "meta.json"
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    for at, bit in zip(rng.integers(len(good), size=200), rng.integers(8, size=200)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
+        try:
+            assert data.read_meta(d.directory) == d.meta  # as where a space became a newline
+        except SystemExit as e:
+            assert e.code == 2 and "meta.json: damaged" in capsys.readouterr().err
+
+
 def documents(d, part):
     """The texts of a token file, by its separators."""
     tokenizer, vocab = data.load_tokenizer(d.tokenizer)
@@ -654,7 +668,7 @@ def test_formulas_of_appendix_d_from_their_parts():
 
 
 def test_table_3(capsys):
-    flops.main()
+    flops.main([])
     rows = [
         line.split()
         for line in capsys.readouterr().out.splitlines()
@@ -726,14 +740,6 @@ def arguments(corpus, out, **changes):
     return [x for k, v in flags.items() for x in (f"--{k}", str(v))]
 
 
-def log_of(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
-
-def untimed(log):
-    return [{k: v for k, v in entry.items() if k not in ("tokens_per_s", "mfu")} for entry in log]
-
-
 def run_and_capture(argv, path):
     """train.main, with the gradients that the optimizer sees at each step saved to `path`."""
     grads = []
@@ -793,17 +799,6 @@ def test_division_of_work_changes_nothing(decoder, dropout, corpus, tmp_path):
         for a, b in zip(log, untimed(log_of(tmp_path / other)), strict=True):
             assert a.keys() == b.keys() and a.get("rows") == b.get("rows")
             assert all(a[k] == b[k] or math.isclose(a[k], b[k], rel_tol=1e-10) for k in a)
-
-
-def same_state(a, b):
-    """Two checkpoints' contents, bit by bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k != "config")
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same_state, a, b))
-    return a == b
 
 
 @ALL_MODELS
@@ -1067,6 +1062,45 @@ def test_a_full_disk_leaves_the_checkpoint_before(corpus, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "ckpt" in done.stderr
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_kill_9_while_a_checkpoint_is_written(corpus, tmp_path):
+    """The short form of experiments/faults.py, with a real process."""
+    whole, cut = arguments(corpus, tmp_path / "whole"), arguments(corpus, tmp_path / "cut")
+    train.main(whole)
+    process = subprocess.Popen([sys.executable, Path(train.__file__), *cut], stdout=subprocess.PIPE)
+    while not list((tmp_path / "cut").glob("ckpt*")):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    train.main(cut)
+    assert same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_silent_process_ends_the_others(corpus, tmp_path):
+    """The second of two never answers: the first gives up after --timeout, in one line."""
+    code = (
+        "import sys, time, torch.distributed as dist, train; dist.init_process_group('gloo'); "
+        "time.sleep(60)"
+    )
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        place = dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE="2")
+    argv = arguments(corpus, tmp_path, timeout=0.05)
+    commands = [[sys.executable, train.__file__, *argv], [sys.executable, "-c", code]]
+    first, second = (
+        subprocess.Popen(
+            command, cwd=Path(train.__file__).parent, stderr=subprocess.PIPE, text=True,
+            env=os.environ | place | {"RANK": str(i), "LOCAL_RANK": str(i)},
+        )
+        for i, command in enumerate(commands)
+    )  # fmt: skip
+    err = first.communicate(timeout=50)[1]
+    second.kill()
+    second.communicate()
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert first.returncode == 2 and len(errors) == 1 and "silent for 0.05 minutes" in errors[0]
+    assert "Traceback" not in err
 
 
 def test_a_second_run_on_the_same_folder_is_refused(corpus, tmp_path, capsys):
@@ -1501,6 +1535,7 @@ BAD = [
     ("train", "--dtype int8", "--dtype int8"),
     ("train", "--device abacus", "--device abacus"),
     ("train", "--warmup 2", "--warmup 2"),
+    ("train", "--timeout 0", "--timeout 0"),
     ("train", "--eval_only", "--eval_only"),
     ("train", "--out run", "run/ckpt.pt"),
     ("train", "--init none", "none/config.json"),
@@ -1552,7 +1587,10 @@ def test_bad_input_is_one_line_and_status_2(command, text, names, rubbish, capsy
     last = [line for line in err.splitlines() if line.startswith("error: ")]
     assert e.value.code == 2 and len(last) == 1 and names in last[0] and "Traceback" not in err
     left = {p for p in rubbish.rglob("*") if p.is_file()} - before
-    assert {p.name for p in left} <= {".lock", "config.json", "log.jsonl", "tokenizer.json"}
+    # ids are seen to be wrong only when they are read
+    assert {p.name for p in left} <= (
+        {".lock", "config.json", "log.jsonl"} if "ids" in text else set()
+    )
     assert not Path("executed").exists()
 
 

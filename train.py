@@ -99,6 +99,7 @@ class Config:
     dtype: str = option("auto", "bf16, fp16, fp32, fp64 (auto: by hardware)", may_change=True)
     device: str = option("auto", "cuda, mps or cpu (auto: the first there is)", may_change=True)
     compile: str = option("auto", "torch.compile: yes, no (auto: on CUDA)", may_change=True)
+    timeout: float = option(10.0, "minutes to wait for a process that is silent", may_change=True)
 
 
 # Table 4, and one of ours for a first look
@@ -146,8 +147,9 @@ def parse(argv=None):
             shown = ",".join(map(str, f.default)) if f.type is tuple else f.default
             text += f" (default: {shown})"
         kind = number_list if f.type is tuple else f.type
+        shown = {int: "N", float: "X", str: "TEXT", tuple: "X,X,X"}[f.type]
         parser.add_argument(
-            f"--{f.name}", type=kind, help=text, default=argparse.SUPPRESS, metavar="X"
+            f"--{f.name}", type=kind, help=text, default=argparse.SUPPRESS, metavar=shown
         )
     args = vars(parser.parse_args(argv))
     recipe, eval_only = args.pop("recipe"), args.pop("eval_only")
@@ -213,6 +215,8 @@ def check(config):
     for name in ("lr", "weight_decay", "grad_clip", "seed"):
         if not 0 <= getattr(c, name) < math.inf:
             fail(f"--{name} {getattr(c, name)}: must be a number of at least 0")
+    if not 0 < c.timeout < math.inf:
+        fail(f"--timeout {c.timeout}: must be a number of minutes above 0")
     if not 0 <= c.warmup <= 1:
         fail(f"--warmup {c.warmup}: must be a share of the steps, from 0 to 1")
     if not 3 <= c.seq_len <= c.n_positions:
@@ -337,13 +341,21 @@ def start(config):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
     try:
-        yield Machine(rank, world, device, pick_dtype(config.dtype, device))
-    finally:
         if world > 1:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout))
+        yield Machine(rank, world, device, pick_dtype(config.dtype, device))
+    except RuntimeError as e:
+        if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            raise
+        reason = str(e).splitlines()[0]
+        fail(
+            f"another process died, or was silent for {config.timeout:g} minutes ({reason}); "
+            f"the same command goes on from the last checkpoint in {config.out}"
+        )
+    finally:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -755,9 +767,9 @@ def report(model, data, config, machine, log, steps):
         f"at 15% takes {vanilla * rows:.2e}, {vanilla / spent:.2f} times as many"
     )
     out = Path(config.out)
+    what = "the encoder and its head" if config.decoder == "none" else "the encoder"
     print(
-        f"\n{out}/hf: the encoder, for  python finetune.py --task CoLA --glue GLUE_DIR --init "
-        f"{out}/hf"
+        f"\n{out}/hf: {what}, for  python finetune.py --task CoLA --glue GLUE_DIR --init {out}/hf"
     )
     print(f"{' ' * len(str(out))}     or  transformers.AutoModel.from_pretrained('{out}/hf')")
     print(f"{out}/log.jsonl: the numbers of the run; {out}/ckpt.pt: everything, the decoder too")
@@ -902,4 +914,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -3,6 +3,8 @@
     python experiments/speed.py                     base, n 128, batch 16: seconds per step
     python experiments/speed.py steps --shape large --batch 8 --rounds 4 --only vanilla-15 self-50
     python experiments/speed.py steps --device cuda --shape large --batch 1024 --micro 256 --compile
+    python experiments/speed.py tricks              self-50 without each of its tricks
+    python experiments/speed.py profile             where the time of a step goes
     python experiments/speed.py sweep               tokens/s over row length, masking rate and width
     python experiments/speed.py batch               the largest batch that fits into --gb of memory
     python experiments/speed.py ddp                 two processes of one core against two runs apart
@@ -31,13 +33,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import flops  # noqa: E402
+import model  # noqa: E402
 import train  # noqa: E402
 from data import Data, Vocab, counts, load_tokenizer  # noqa: E402
-from model import MaskedLM  # noqa: E402
 
 V = 50265
 SHAPES = {
@@ -48,8 +51,12 @@ SHAPES = {
 MODELS = {  # decoder, masking rate
     "hf-15 default": ("hf", 0.15), "hf-15": ("hf", 0.15), "vanilla-15": ("none", 0.15),
     "self-50": ("self", 0.5), "vanilla-40": ("none", 0.4), "self-40": ("self", 0.4),
-    "cross-40": ("cross", 0.4), "self-50 compiled": ("self", 0.5),
+    "cross-40": ("cross", 0.4),
+    # what each trick is worth: self-50 without it
+    "own malloc": ("self", 0.5), "F.dropout": ("self", 0.5), "F.cross_entropy": ("self", 0.5),
+    "compiled": ("self", 0.5),
 }  # fmt: skip
+TRICKS = ["self-50", "own malloc", "F.dropout", "F.cross_entropy"]
 # what a machine of 24 GB holds at once; vanilla-15, to compare with, is in each
 GROUPS = [
     ["hf-15 default", "hf-15", "vanilla-15", "self-50"],
@@ -103,21 +110,27 @@ class Contender:
             micro_batch_size=micro or batch,
         )  # fmt: skip
         self.config.n_positions = self.config.seq_len
-        if device == "cpu" and "default" not in name:
+        if device == "cpu" and name not in ("hf-15 default", "own malloc"):
             train.keep_freed_memory()
+        if name == "F.dropout":
+            model.dropout = F.dropout
+        if name == "F.cross_entropy":
+            model.CrossEntropy.apply = lambda logits, labels: F.cross_entropy(
+                model.exact(logits), labels, reduction="none"
+            )
         torch.set_float32_matmul_precision("high")
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device(device)
         self.machine = train.Machine(rank, world, device, train.pick_dtype("auto", device))
         torch.manual_seed(0)
         config = train.model_config(self.config, V)
-        self.model = HuggingFace(self.config) if decoder == "hf" else MaskedLM(config)
+        self.model = HuggingFace(self.config) if decoder == "hf" else model.MaskedLM(config)
         self.model.to(device).train()
         self.optimizer = train.make_optimizer(self.model, self.config)
         if world > 1:
             torch.distributed.init_process_group("gloo")
             self.model = torch.nn.parallel.DistributedDataParallel(self.model)
-        if (compile and "default" not in name) or "compiled" in name:
+        if (compile and name != "hf-15 default") or name == "compiled":
             self.model.compile()
         self.data, self.done = RandomTokens(), 0
         k, n_m, _ = counts(self.config.seq_len, self.config.mask_rate, self.config.strategy)
@@ -255,6 +268,7 @@ def steps(args):
     settings = dict(shape=args.shape, batch=args.batch, micro=args.micro, device=args.device)
     settings |= dict(compile=args.compile)
     groups = LARGE_GROUPS if args.shape == "large" else GROUPS
+    groups = [TRICKS] if args.what == "tricks" else groups
     groups = [args.only] if args.only else groups
     run = take_turns if args.device == "cpu" else one_by_one
     measured = [run(names, args.rounds, args.warmup, **settings) for names in groups]
@@ -286,6 +300,8 @@ def steps(args):
     for results, _ in measured:
         base = results.get("vanilla-15")
         for name, x in results.items():
+            if "own malloc" in results and name != "self-50":
+                print(f"{name} / self-50: clock {ratio(x, results['self-50']):.3f}")
             if base and x and name.startswith(("self", "cross")):
                 clock, counted = ratio(base, x), base[0]["flops"] / x[0]["flops"]
                 print(
@@ -295,6 +311,68 @@ def steps(args):
             if name.startswith("hf") and x and results.get("self-50"):
                 print(f"{name} / self-50: clock {ratio(x, results['self-50']):.2f}")
     return dict(product_rate=rate, results=[x for x, _ in measured])
+
+
+# profile: where the time of a step goes
+
+KINDS = {  # operators, some of them only on tensors as wide as the vocabulary
+    "matrix products": ("mm", "addmm", "bmm"),
+    "cross-entropy, word embedding": (
+        *(f"{op} {V}" for op in ("_softmax", "amax", "scatter_add_", "mul", "copy_", "sum")),
+        "CrossEntropy", "CrossEntropyBackward",
+    ),
+    "casts and copies": ("copy_", "cat", "_to_copy"),
+    "dropout": ("ge", "mul", "mul_", "randint", "random_"),
+    "GELU, LayerNorm, softmax": (
+        "gelu", "gelu_backward", "native_layer_norm", "native_layer_norm_backward", "_softmax",
+        "_softmax_backward_data",
+    ),
+    "AdamW, gradient norm": ("_fused_adamw_", "linalg_vector_norm"),
+    "zeros and sums of gradients": ("fill_", "zero_", "add_", "sum", "embedding_dense_backward"),
+}  # fmt: skip
+
+
+def profile(args):
+    """Seconds of a step by kind, in the profiler's eyes, which make it somewhat slower; and how
+    fast its matrix products are among themselves."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    names = args.only or ["vanilla-15", "self-50", "self-40", "cross-40"]
+    rate, results = product_rate("cpu", 2048), {}
+    for name in names:
+        contender = Contender(name, args.batch, shape=args.shape)
+        for _ in range(args.warmup):
+            contender.step()
+        rounds = []
+        for _ in range(5):
+            with profiler(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+                contender.step()
+            seconds = dict.fromkeys([*KINDS, "the rest"], 0.0)
+            for e in seen.key_averages(group_by_input_shape=True):
+                op = e.key.removeprefix("aten::") + f" {V}" * (str(V) in str(e.input_shapes))
+                fits = (k for k, ops in KINDS.items() if op in ops or op.split()[0] in ops)
+                seconds[next(fits, "the rest")] += e.self_cpu_time_total / 1e6
+            rounds.append(seconds)
+        results[name] = {k: statistics.median(x[k] for x in rounds) for k in seconds}
+        results[name]["flops"] = contender.flops
+        contender = None
+        say(name, results[name])
+    print(
+        f"{args.shape}, batch {args.batch}: seconds of a step" + "".join(f"{x:>12}" for x in names)
+    )
+    for key in seconds:
+        print(f"{key:<36}" + "".join(f"{results[x][key]:>12.3f}" for x in names))
+    speed = [results[x]["flops"] / results[x]["matrix products"] / 1e12 for x in names]
+    print(f"{'TFLOP/s of the products alone':<36}" + "".join(f"{x:>12.3f}" for x in speed))
+    print(f"{f'  of {rate / 1e12:.3f}':<36}" + "".join(f"{x * 1e12 / rate:>12.0%}" for x in speed))
+    base = results["vanilla-15"]
+    for key, label in (
+        ("flops", "vanilla-15's FLOPs over these"),
+        ("matrix products", "its products' seconds"),
+    ):
+        print(f"{label:<36}" + "".join(f"{base[key] / results[x][key]:>12.3f}" for x in names))
+    return results
 
 
 # sweep, batch, ddp: what becomes of it as work grows
@@ -480,6 +558,8 @@ def start(args):
 def main():
     modes = {
         "steps": steps,
+        "tricks": steps,
+        "profile": profile,
         "sweep": sweep,
         "batch": batch,
         "ddp": ddp,
