@@ -26,9 +26,10 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 DEFAULT_DATA = "data/python-docs"
 PIECE = 1 << 20  # bytes of one document that are encoded at once
-CHUNK = 1 << 23  # bytes of documents that go through the tokenizer together
+CHUNK = 1 << 22  # bytes of documents that go through the tokenizer together
 BPE_SAMPLE = 200 << 20  # bytes of text, documents at random, that a new BPE is trained on
 
 
@@ -338,15 +339,30 @@ def read_documents(files, index, order, seed):
 # Documents -> train.bin, val.bin
 
 
+def encoded(documents, tokenizer):
+    """Yields read_documents' lists with their encodings, the next being made while these are
+    used."""
+
+    def encode(pieces):
+        texts = [text for text, _ in pieces]
+        return zip(tokenizer.encode_batch_fast(texts, add_special_tokens=False), pieces)
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for pieces in chain(documents, [None]):
+            done, ahead = ahead, pieces and pool.submit(encode, pieces)
+            if done:
+                yield done.result()
+
+
 def tokenize(documents, tokenizer, vocab, dtype, path, total):
     """Write read_documents' documents to `path`, </s> behind each; returns (tokens, SHA-256 of
     the file)."""
     count, digest = 0, hashlib.sha256()
     bar = tqdm(total=total, desc=f"writing {path.name}", unit=" documents", disable=None)
     with atomic(path) as f, bar:
-        for pieces in documents:
-            encoded = tokenizer.encode_batch_fast([t for t, _ in pieces], add_special_tokens=False)
-            for encoding, (_, last) in zip(encoded, pieces):
+        for pieces in encoded(documents, tokenizer):
+            for encoding, (_, last) in pieces:
                 ids = np.array(encoding.ids + [vocab.eos] * last, dtype)
                 f.write(ids)
                 digest.update(ids)

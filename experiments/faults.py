@@ -321,7 +321,7 @@ def disk(lab, kills):
     try:
         out = where / "out"
         status, _, err = lab.run(lab.train(out))
-        full = one_line(status, err, "ckpt", "No space left")
+        full = one_line(status, err, "ckpt", "full")
         step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
         subprocess.run(["mount", "-o", "remount,size=100m", str(where)], check=True)
         row("a full disk", 1, int(full and lab.goes_on(out)), f"at step {step + 4}: {err.strip()}")

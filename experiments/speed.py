@@ -467,11 +467,14 @@ def ddp(args):
 
 def timed(command, **more):
     """(seconds, peak bytes) of a command and its text; it must succeed."""
-    t = time.perf_counter()
+    t, peak = time.perf_counter(), 0
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, **more)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, command
-    return time.perf_counter() - t, usage.ru_maxrss * 1024
+    while process.poll() is None:
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            peak = max(peak, int(line.split()[1]) * 1024 if line.startswith("VmHWM") else 0)
+        time.sleep(0.1)
+    assert process.returncode == 0, command
+    return time.perf_counter() - t, peak
 
 
 def data(args):
