@@ -88,8 +88,9 @@ class Lab:
         """The folder of a run that nobody disturbed."""
         key = len(launcher)
         if key not in self.alone:
-            self.alone[key] = self.new()
+            self.alone[key], t = self.new(), time.monotonic()
             assert self.run(self.train(self.alone[key], launcher=launcher))[0] == 0
+            self.seconds = time.monotonic() - t
         return self.alone[key]
 
     def goes_on(self, out, launcher=PYTHON):
@@ -171,7 +172,7 @@ MOMENTS = {
 }
 
 
-def killed(lab, command, moment, hits, good, rng, longest=7.0, agent=False):
+def killed(lab, command, moment, hits, good, rng, longest=3.0, agent=False):
     """Runs that are killed at the moment (None: at random ones) again and again till one finishes
     by itself, until `hits` have hit. Returns (hits, how many of them a good end followed)."""
     hit, survived = 0, 0
@@ -181,7 +182,9 @@ def killed(lab, command, moment, hits, good, rng, longest=7.0, agent=False):
         out, this, done = lab.new(), 0, False
         while not done:
             process = lab.start(command(out))
-            if moment is None or this >= 3:
+            if this >= 6:
+                process.wait()
+            elif moment is None or this >= 3:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(rng.uniform(0.3, longest))
             else:
@@ -207,8 +210,8 @@ def killed(lab, command, moment, hits, good, rng, longest=7.0, agent=False):
 
 def kill(lab, kills):
     rng = random.Random(1)
-    one, two = lab.left_alone(), lab.left_alone(TORCHRUN)
-    few = max(1, kills // 5)
+    one, seconds = lab.left_alone(), lab.seconds
+    two, few = lab.left_alone(TORCHRUN), max(1, kills // 5)
 
     def sha(out):
         return json.loads((out / "meta.json").read_text())["sha256"]
@@ -218,7 +221,7 @@ def kill(lab, kills):
     )
     row("SIGKILL while preparing data", *hit)
     good = [lambda out, x=x: same_end(x, out) for x in (one, two)]
-    row("SIGKILL at random", *killed(lab, lab.train, None, kills, good[0], rng))
+    row("SIGKILL at random", *killed(lab, lab.train, None, kills, good[0], rng, seconds))
     for name, moment in MOMENTS.items():
         row(f"SIGKILL {name}", *killed(lab, lab.train, moment, few, good[0], rng))
 
@@ -227,9 +230,12 @@ def kill(lab, kills):
 
     row(
         "SIGKILL of torchrun and its 2 processes",
-        *killed(lab, together, None, few, good[1], rng, 12),
+        *killed(lab, together, None, few, good[1], rng, lab.seconds),
     )
-    row("SIGKILL of torchrun alone", *killed(lab, together, None, few, good[1], rng, 12, True))
+    row(
+        "SIGKILL of torchrun alone",
+        *killed(lab, together, None, few, good[1], rng, lab.seconds, True),
+    )
 
 
 # 2. World size
