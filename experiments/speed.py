@@ -378,7 +378,7 @@ def profile(args):
 # sweep, batch, ddp: what becomes of it as work grows
 
 
-def alone(rounds=2, **settings):
+def alone(rounds=1, **settings):
     """Steps of one contender in a process of its own, after one to warm up; 0: that one alone."""
     process = Process(**settings)
     answers = []
@@ -585,7 +585,7 @@ def main():
         "--compile", action="store_true", help="torch.compile all but hf-15 default"
     )
     parser.add_argument("--only", nargs="+", choices=MODELS, help="these contenders alone")
-    parser.add_argument("--gb", type=float, default=20, help="batch: memory in GB (default: 20)")
+    parser.add_argument("--gb", type=float, default=10, help="batch: memory in GB (default: 10)")
     parser.add_argument("--text", default="", help="data, start: UTF-8 text files, a glob")
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
