@@ -171,8 +171,8 @@ def load_tokenizer(path):
     ids = {name: tokenizer.token_to_id(token) for name, token in SPECIALS.items()}
     if [ids["bos"], ids["pad"], ids["eos"], ids["unk"]] != [0, 1, 2, 3] or ids["mask"] is None:
         fail(
-            f"{path}: needs RoBERTa's specials, <s> <pad> </s> <unk> as ids 0-3 and a <mask>; "
-            f"has {ids}"
+            f"{path}: needs RoBERTa's specials, <s> <pad> </s> <unk> as ids 0-3 and a <mask>; has "
+            f"{ids}"
         )
     return tokenizer, Vocab(tokenizer.get_vocab_size(), **ids)
 
@@ -268,8 +268,8 @@ def index_documents(files, doc, out):
                         decoder.decode(line)
                     except UnicodeDecodeError:
                         fail(
-                            f"{path}: line {line_number} is not UTF-8; convert the file, as "
-                            "with iconv"
+                            f"{path}: line {line_number} is not UTF-8; convert the file, as with "
+                            "iconv"
                         )
                     if b"\0" in line:
                         fail(f"{path}: line {line_number} holds a zero byte; text files only")
@@ -554,9 +554,7 @@ class Corrupted(NamedTuple):
     inputs: torch.Tensor  # (B, n) tokens with [MASK]s and random tokens in place
     kept: torch.Tensor  # (B, n_en) positions that are not [MASK], ascending
     masked: torch.Tensor  # (B, n_m) positions that are [MASK], ascending
-    predict: (
-        torch.Tensor
-    )  # (B, k) positions to predict: masked, replaced, unchanged, each ascending
+    predict: torch.Tensor  # (B, k) the masked, the replaced, the unchanged, each ascending
     labels: torch.Tensor  # (B, k) the original tokens there
     n_replaced: int  # with n_m it cuts predict into its three kinds
 
@@ -602,12 +600,8 @@ def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab, generator=None):
     masked, kept = order[:, :n_m].sort().values, order[:, n_m:].sort().values
     replaced = order[:, n_m : n_m + n_replaced].sort().values
     unchanged = order[:, n_m + n_replaced : k].sort().values
-    words = torch.randint(
-        vocab.size - len(special_ids(vocab)),
-        replaced.shape,
-        device=tokens.device,
-        generator=generator,
-    )
+    ordinary = vocab.size - len(special_ids(vocab))
+    words = torch.randint(ordinary, replaced.shape, device=tokens.device, generator=generator)
     for i in special_ids(vocab):  # ascending: step over each special
         words += words >= i
     inputs = tokens.scatter(1, masked, vocab.mask).scatter_(1, replaced, words)
@@ -685,9 +679,8 @@ def main(argv=None):
         fail("--out: missing; name the folder to write")
     files = []
     for pattern in args.input:
-        found = (
-            sorted(glob.glob(pattern, recursive=True)) if not os.path.exists(pattern) else [pattern]
-        )
+        exists = os.path.exists(pattern)  # a name may hold a * or [
+        found = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
         files += [f for f in found if os.path.isfile(f)]
         if not any(os.path.isfile(f) for f in found):
             what = "a folder; give its files, as 'DIR/*.txt'" if found else "no such file"

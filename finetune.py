@@ -38,7 +38,15 @@ from tqdm import tqdm
 
 from data import atomic, fail, load_tokenizer, lock, seed_of
 from model import Classifier, load_classifier, load_pretrained, save_pretrained
-from train import Machine, keep_freed_memory, lr_at, make_optimizer, pick_device, pick_dtype
+from train import (
+    Machine,
+    keep_freed_memory,
+    lr_at,
+    make_optimizer,
+    out_of_memory,
+    pick_device,
+    pick_dtype,
+)
 
 # Metrics: predictions and labels are arrays; what is undefined is 0
 
@@ -160,29 +168,22 @@ def read_split(path, columns, labels, header=True, bad_rows=False):
                 dropped += 1
                 continue
             fail(
-                f"{path}: line {number} has {len(fields)} fields, not the {max(width, need)} "
-                "it needs; mend the file"
+                f"{path}: line {number} has {len(fields)} fields, not the {max(width, need)} it "
+                "needs; mend the file"
             )
         a.append(fields[columns[0]].strip())
         b.append(fields[columns[1]].strip() if columns[1] is not None else None)
         if len(columns) == 3:
             y.append(read_label(fields[columns[2]].strip(), labels, f"{path}: line {number}"))
-    dtype = np.float64 if labels is None else np.int64
-    return Split(
-        a,
-        b if columns[1] is not None else None,
-        np.array(y, dtype) if len(columns) == 3 else None,
-        dropped,
-    )
+    y = np.array(y, np.float64 if labels is None else np.int64) if len(columns) == 3 else None
+    return Split(a, b if columns[1] is not None else None, y, dropped)
 
 
 def read_label(text, labels, where):
     if labels is not None:
-        return (
-            labels.index(text)
-            if text in labels
-            else fail(f"{where}: label {text!r} is not one of {', '.join(labels)}")
-        )
+        if text not in labels:
+            fail(f"{where}: label {text!r} is not one of {', '.join(labels)}")
+        return labels.index(text)
     try:
         value = float(text)
     except ValueError:
@@ -209,26 +210,17 @@ def read_own(args):
     columns = own_columns(args.train, True)
     labels = None
     if not args.regression:
-        labels = tuple(
-            sorted(
-                {
-                    row[columns[2]].strip()
-                    for row in read_tsv(args.train)[1:]
-                    if len(row) > columns[2]
-                }
-            )
-        )
+        rows = [row for row in read_tsv(args.train)[1:] if len(row) > columns[2]]
+        labels = tuple(sorted({row[columns[2]].strip() for row in rows}))
         if not 2 <= len(labels) <= 1000:
             fail(
                 f"{args.train}: {len(labels)} different labels; classes need 2 or more "
                 "(--regression for numbers)"
             )
     task = Task(columns, (), labels, ("pearson", "spearman") if args.regression else ("acc",), 0)
-    return (
-        task,
-        read_split(args.train, columns, labels),
-        {"dev": read_split(args.dev, own_columns(args.dev, True, columns[1] is not None), labels)},
-    )
+    train = read_split(args.train, columns, labels)
+    dev = read_split(args.dev, own_columns(args.dev, True, columns[1] is not None), labels)
+    return task, train, {"dev": dev}
 
 
 def own_columns(path, labelled, pairs=None):
@@ -319,9 +311,8 @@ def fine_tune(model, examples, labels, settings, vocab, machine, bar=None):
             y = labels[batch].to(machine.device)
             with machine.autocast():
                 logits = model(tokens, mask).float()  # (B, C)
-            loss = (
-                F.mse_loss(logits[:, 0], y) if model.n_classes == 1 else F.cross_entropy(logits, y)
-            )
+            regression = model.n_classes == 1
+            loss = F.mse_loss(logits[:, 0], y) if regression else F.cross_entropy(logits, y)
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, schedule)
             if scaler:
@@ -370,12 +361,8 @@ class Examples:
     """A task's texts as ids, made once for all of its runs."""
 
     def __init__(self, task, train, devs, tokenizer, vocab, max_len):
-        self.task, self.labels, self.dropped, self.n = (
-            task,
-            train.labels,
-            train.dropped,
-            len(train.a),
-        )
+        self.task, self.n = task, len(train.a)
+        self.labels, self.dropped = train.labels, train.dropped
         self.subset = 0 < self.n < 0.99 * task.rows
         self.train, self.cut = encode(train, tokenizer, vocab, max_len)
         self.devs = {
@@ -458,10 +445,9 @@ def summarise(runs):
     done = [summary[t]["score"] for t in TASKS if t in summary]
     subset = any(s["subset"] for s in summary.values())
     if done:
+        complete = len(done) == len(TASKS) and not subset
         summary["average"] = dict(
-            score=statistics.mean(done),
-            definition=AVERAGE,
-            complete=len(done) == len(TASKS) and not subset,
+            score=statistics.mean(done), definition=AVERAGE, complete=complete
         )
     return summary
 
@@ -469,13 +455,13 @@ def summarise(runs):
 def grid(name, args):
     """The runs of a task: Table 5's with --sweep, otherwise one, or whatever the flags span."""
     large = name in LARGE_TASKS
-    lr = args.lr or (
-        ([5e-5, 8e-5] if large else [1e-5, 3e-5, 5e-5, 8e-5]) if args.sweep else [5e-5]
+    seed, lr, batch_size, epochs = [0], [5e-5], [32], [3]
+    if args.sweep:
+        seed, lr = range(5), [5e-5, 8e-5] if large else [1e-5, 3e-5, 5e-5, 8e-5]
+        batch_size, epochs = ([32], [3, 5]) if large else ([16, 32], [3, 5, 10])
+    points = itertools.product(
+        args.seed or seed, args.lr or lr, args.batch_size or batch_size, args.epochs or epochs
     )
-    batch_size = args.batch_size or ([16, 32] if args.sweep and not large else [32])
-    epochs = args.epochs or (([3, 5] if large else [3, 5, 10]) if args.sweep else [3])
-    seeds = args.seed or (range(5) if args.sweep else [0])
-    points = itertools.product(seeds, lr, batch_size, epochs)
     return [dict(zip(("seed", "lr", "batch_size", "epochs"), point)) for point in points]
 
 
@@ -490,22 +476,16 @@ def print_table(results, missing):
             continue
         metrics = "  ".join(f"{m} {100 * v:.1f}" for m, v in s["metrics"].items())
         spread = f"{100 * s['spread'][0]:.1f}-{100 * s['spread'][1]:.1f}"
-        notes = (
-            [f"{s['diverged']} diverged"] * bool(s["diverged"])
-            + ["subset"] * s["subset"]
-            + [f"{s['collapsed']} collapsed"] * bool(s["collapsed"])
-        )
+        notes = ["subset"] * s["subset"]
+        notes += [f"{s[what]} {what}" for what in ("diverged", "collapsed") if s[what]]
         cells = f"{100 * s['score']:>7.1f}{spread:>14}{s['seeds']:>7}{s['runs']:>6}"
         print(f"{name:<9}{metrics:<34}{cells}  {', '.join(notes)}")
     for name in missing:
         print(f"{name:<9}missing")
-    if "average" in summary:
-        of = sum(t in summary for t in TASKS)
-        note = (
-            ""
-            if summary["average"]["complete"]
-            else f", not GLUE's: {of} of 8 tasks, subsets included"
-        )
+    of = sum(t in summary for t in TASKS)
+    if of > 1:
+        complete = summary["average"]["complete"]
+        note = "" if complete else f", not GLUE's: {of} of 8 tasks, subsets included"
         print(f"{'average':<43}{100 * summary['average']['score']:>7.1f}  ({AVERAGE}{note})")
 
 
@@ -544,7 +524,8 @@ def run_tasks(names, args, load, tokenizer, vocab, machine):
         record(args.out, start, result, model, Path(args.init) / "tokenizer.json")
         metrics = "  ".join(f"{m} {100 * v:.1f}" for m, v in result["metrics"].items())
         flag = "  DIVERGED" * result["diverged"] or "  COLLAPSED" * result["collapsed"]
-        print(f"{name} {settings}: {metrics}{flag}  ({result['seconds']:.0f} s)", flush=True)
+        point = "  ".join(f"{k} {v}" for k, v in settings.items())
+        print(f"{name}  {point}:  {metrics}{flag}  ({result['seconds']:.0f} s)", flush=True)
     if machine.world > 1:
         dist.barrier()
 
@@ -585,19 +566,17 @@ def submit(names, args, tokenizer, vocab, machine):
     for name in names:
         task = TASKS[name]
         files = [
-            (Path(args.glue) / name / f"{f}.tsv", f"{name}{tag}.tsv", task.test_columns)
-            for f, tag in task.tests
+            (f"{name}/{f}.tsv", f"{name}{tag}.tsv", task.test_columns) for f, tag in task.tests
         ]
         if name == "MNLI":
-            files.append((Path(args.glue) / "diagnostic" / "diagnostic.tsv", "AX.tsv", (1, 2)))
-        for path, file, columns in files:
+            files.append(("diagnostic/diagnostic.tsv", "AX.tsv", (1, 2)))
+        for path, answers, columns in files:
+            path, model = Path(args.glue) / path, Path(args.out) / name / "hf"
             if not path.is_file():
-                print(f"{path}: missing, so no {file}")
+                print(f"{path}: missing, so no {answers}")
                 continue
-            model = Path(args.out) / name / "hf"
-            predict_file(
-                model, path, columns, task.labels, folder / file, tokenizer, vocab, machine, args
-            )
+            what = (path, columns, task.labels, folder / answers)
+            predict_file(model, *what, tokenizer, vocab, machine, args)
 
 
 # The command
@@ -706,6 +685,10 @@ def main(argv=None):
             own_task(args, tokenizer, vocab, machine)
         else:
             glue_tasks(args, tokenizer, vocab, machine)
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        fail(f"out of memory on {machine.device}; a lower --batch_size or --max_len takes less")
     finally:
         if machine.world > 1:
             dist.destroy_process_group()
@@ -720,22 +703,10 @@ def own_task(args, tokenizer, vocab, machine):
     if machine.rank == 0:
         print_table(read_results(args.out), [])
         if args.test:
-            model, out = (
-                Path(args.out) / name / "hf",
-                Path(args.out) / "predictions" / f"{Path(args.test).stem}.tsv",
-            )
-            predict_file(
-                model,
-                args.test,
-                test_columns,
-                own[0].labels,
-                out,
-                tokenizer,
-                vocab,
-                machine,
-                args,
-                False,
-            )
+            model = Path(args.out) / name / "hf"
+            answers = Path(args.out) / "predictions" / f"{Path(args.test).stem}.tsv"
+            what = (args.test, test_columns, own[0].labels, answers)
+            predict_file(model, *what, tokenizer, vocab, machine, args, glue=False)
 
 
 def glue_tasks(args, tokenizer, vocab, machine):

@@ -277,7 +277,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def split(logits, *others):
-        rows = max(1, (1 << 20 if logits.device.type == "cpu" else 1 << 28) // logits.size(1))
+        rows = max(1, (1 << 18 if logits.device.type == "cpu" else 1 << 28) // logits.size(1))
         return zip(*(x.split(rows) for x in (logits, *others)))
 
     @staticmethod
@@ -295,10 +295,9 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        (saved,) = ctx.saved_tensors
-        grad = torch.empty_like(saved)
-        for x, scale, g in CrossEntropy.split(saved, upstream.unsqueeze(1), grad):
-            g.copy_(exact(x) * scale)
+        (grad,) = ctx.saved_tensors  # scaled in place: torch refuses a second backward
+        for g, scale in CrossEntropy.split(grad, upstream.unsqueeze(1)):
+            torch.mul(g, scale, out=g)  # in fp32, then rounded
         return grad, None
 
 
@@ -326,9 +325,8 @@ class MaskedLM(nn.Module):
         if self.config.decoder == "none":
             latents = self.encoder(batch.inputs)  # (B, n, d_en), [MASK]s among them
         else:
-            latents = self.encoder(
-                batch.inputs.gather(1, batch.kept), batch.kept
-            )  # (B, n_en, d_en)
+            visible = batch.inputs.gather(1, batch.kept)  # (B, n_en)
+            latents = self.encoder(visible, batch.kept)  # (B, n_en, d_en)
         states = self.decoder(latents, batch)  # (B, k, d_en)
         return F.linear(self.ln(F.gelu(states)), self.encoder.tok.weight, self.bias)
 
@@ -430,41 +428,24 @@ def save_pretrained(model, directory, tokenizer_file=None):
     for name, module in heads.items():
         theirs[f"{name}.weight"] = module.weight.detach().float().cpu()
         theirs[f"{name}.bias"] = module.bias.detach().float().cpu()
-    hf_config = {
-        "architectures": [CLASS_NAMES[config.norm] + head],
-        "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.n_positions + PAD + 1,
-        "num_hidden_layers": config.n_layer,
-        "hidden_size": d,
-        "num_attention_heads": d // config.head_size,
-        "intermediate_size": 4 * d,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-        "type_vocab_size": 1,
-        "initializer_range": 0.02,
-        "bos_token_id": 0,
-        "pad_token_id": PAD,
-        "eos_token_id": 2,
-        "tie_word_embeddings": True,
-    }
+    hf_config = dict(
+        architectures=[CLASS_NAMES[config.norm] + head], model_type=kind,
+        vocab_size=config.vocab_size, max_position_embeddings=config.n_positions + PAD + 1,
+        num_hidden_layers=config.n_layer, hidden_size=d, intermediate_size=4 * d,
+        num_attention_heads=d // config.head_size, hidden_act="gelu", layer_norm_eps=1e-5,
+        hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout,
+        type_vocab_size=1, initializer_range=0.02, bos_token_id=0, pad_token_id=PAD, eos_token_id=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
     if isinstance(model, Classifier):
         labels = model.labels or [f"LABEL_{i}" for i in range(model.n_classes)]
         hf_config["id2label"] = {str(i): label for i, label in enumerate(labels)}
         hf_config["label2id"] = {label: i for i, label in enumerate(labels)}
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.n_positions,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "cls_token": "<s>",
-        "sep_token": "</s>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
-    }
+    tokenizer_config = dict(
+        tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.n_positions,
+        bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>",
+        unk_token="<unk>", mask_token="<mask>",
+    )  # fmt: skip
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
 
@@ -475,14 +456,14 @@ def save_pretrained(model, directory, tokenizer_file=None):
             raise OSError(f"{directory / name}: cannot be written ({first_line(e)})") from e
         os.replace(directory / f"{name}.tmp", directory / name)
 
+    def write_json(name, what):
+        write(name, lambda path: path.write_text(json.dumps(what, indent=1)))
+
     write("pytorch_model.bin", lambda path: torch.save(theirs, path))
     if tokenizer_file is not None:
         write("tokenizer.json", lambda path: shutil.copyfile(tokenizer_file, path))
-        write(
-            "tokenizer_config.json",
-            lambda path: path.write_text(json.dumps(tokenizer_config, indent=1)),
-        )
-    write("config.json", lambda path: path.write_text(json.dumps(hf_config, indent=1)))
+        write_json("tokenizer_config.json", tokenizer_config)
+    write_json("config.json", hf_config)
 
 
 def read_weights(directory):
@@ -527,20 +508,14 @@ def load_pretrained(directory):
             raise ValueError(f"model_type is {kind!r}, not one of {[*MODEL_TYPES.values()]}")
         if (eps, act, hf["intermediate_size"]) != (1e-5, "gelu", 4 * d):
             raise ValueError(
-                "needs layer_norm_eps 1e-05, hidden_act gelu, intermediate_size 4 * "
-                "hidden_size; has "
-                f"{eps}, {act}, {hf['intermediate_size']}"
+                "needs layer_norm_eps 1e-05, hidden_act gelu, intermediate_size 4 * hidden_size; "
+                f"has {eps}, {act}, {hf['intermediate_size']}"
             )
         config = ModelConfig(
-            vocab_size=hf["vocab_size"],
-            n_positions=hf["max_position_embeddings"] - pad - 1,
-            n_layer=hf["num_hidden_layers"],
-            n_embd=d,
-            head_size=d // heads,
-            decoder="none",
-            norm="post" if kind == "roberta" else "pre",
+            hf["vocab_size"], hf["max_position_embeddings"] - pad - 1, hf["num_hidden_layers"], d,
+            head_size=d // heads, decoder="none", norm="post" if kind == "roberta" else "pre",
             dropout=hf.get("hidden_dropout_prob", 0.1),
-        )
+        )  # fmt: skip
     except KeyError as e:
         raise ValueError(f"{path}: has no {e.args[0]!r}") from e
     except (OSError, ValueError, TypeError) as e:
@@ -551,9 +526,7 @@ def load_pretrained(directory):
     if not any(name.startswith(prefix) for name in theirs):
         prefix = ""  # saved from the bare RobertaModel
     encoder = Encoder(config)
-    ours = {}
-    for name, shape in ((k, v.shape) for k, v in encoder.state_dict().items()):
-        ours[name] = shape
+    ours = encoder.state_dict()
     for name, names in hf_names(config, prefix):
         missing = [x for x in names if x not in theirs]
         if missing:
@@ -562,10 +535,10 @@ def load_pretrained(directory):
         if name == "pos.weight":  # one token type only, so its row belongs to every position
             types = theirs.get(f"{prefix}embeddings.token_type_embeddings.weight")
             weight = weight[pad + 1 :] + (0 if types is None else types[0].float())
-        if weight.shape != ours[name]:
+        if weight.shape != ours[name].shape:
             raise ValueError(
                 f"{directory}: {names[0]!r} has shape {tuple(weight.shape)}, config.json makes it "
-                f"{tuple(ours[name])}"
+                f"{tuple(ours[name].shape)}"
             )
         ours[name] = weight
     encoder.load_state_dict(ours)

@@ -700,24 +700,7 @@ def test_table_3(capsys):
 
 # ---------------------------------------------------------------------------------- train.py
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "dog",
-    "barked",
-    "at",
-    "moon",
-    "while",
-    "bird",
-    "sang",
-    "over",
-    "hill",
-]
+WORDS = "the cat sat on a mat and dog barked at moon while bird sang over hill".split()
 
 
 @pytest.fixture(scope="session")
@@ -1062,6 +1045,24 @@ def test_a_full_disk_leaves_the_checkpoint_before(corpus, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "ckpt" in done.stderr
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_out_of_memory_names_the_flag_that_helps(corpus, tmp_path):
+    """In a process of its own with a gigabyte: too little for all rows at once, enough in parts."""
+    resource = pytest.importorskip("resource")
+    argv = arguments(corpus, tmp_path, batch_size=64_000, max_steps=1)
+    done = [
+        subprocess.run(
+            [sys.executable, Path(train.__file__), *argv, "--micro_batch_size", rows],
+            capture_output=True, text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (10**9, 10**9)),
+        )
+        for rows in ("64000", "1000")
+    ]  # fmt: skip
+    errors = [line for line in done[0].stderr.splitlines() if line.startswith("error: ")]
+    assert done[0].returncode == 2 and "Traceback" not in done[0].stderr and len(errors) == 1
+    assert "out of memory" in errors[0] and "--micro_batch_size" in errors[0]
+    assert done[1].returncode == 0
 
 
 def test_kill_9_while_a_checkpoint_is_written(corpus, tmp_path):

@@ -184,15 +184,13 @@ def shape_of_init(config, given):
         shape = load_pretrained(config.init)[0]
     except ValueError as e:
         fail(f"--init {e}")
-    shape = {
-        name: getattr(shape, name)
-        for name in ("n_layer", "n_embd", "head_size", "norm", "n_positions")
-    }
+    names = ("n_layer", "n_embd", "head_size", "norm", "n_positions")
+    shape = {name: getattr(shape, name) for name in names}
     for name in shape.keys() & given.keys():
         if given[name] != shape[name]:
             fail(
-                f"--{name} {given[name]}: the encoder in {config.init} has {shape[name]}; "
-                "leave it out"
+                f"--{name} {given[name]}: the encoder in {config.init} has {shape[name]}; leave it "
+                "out"
             )
     return replace(config, **shape)
 
@@ -200,16 +198,10 @@ def shape_of_init(config, given):
 def check(config):
     """What can be wrong with a Config in itself; one line and exit 2."""
     c = config
-    for name in (
-        "seq_len",
-        "batch_size",
-        "max_steps",
-        "micro_batch_size",
-        "eval_every",
-        "eval_rows",
-        "save_every",
-        "log_every",
-    ):
+    sizes = (
+        "seq_len batch_size max_steps micro_batch_size eval_every eval_rows save_every log_every"
+    )
+    for name in sizes.split():
         if getattr(c, name) < 1:
             fail(f"--{name} {getattr(c, name)}: must be at least 1")
     for name in ("lr", "weight_decay", "grad_clip", "seed"):
@@ -248,12 +240,7 @@ def model_config(config, vocab_size):
 
 # The machine
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32, fp64=torch.float64)
 # dense bf16 or fp16 peaks in FLOP/s, by what the name of the GPU holds
 PEAKS = {
     "H100 80GB HBM3": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "NVIDIA H200": 989e12,
@@ -331,6 +318,10 @@ def die_with_torchrun():
             sys.exit(1)  # it died before that line
 
 
+def out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def start(config):
     """The Machine for this process, inside torchrun's process group if there is one."""
@@ -347,12 +338,18 @@ def start(config):
             dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout))
         yield Machine(rank, world, device, pick_dtype(config.dtype, device))
     except RuntimeError as e:
+        if out_of_memory(e):
+            rows = min(config.micro_batch_size, config.batch_size // world)
+            fail(
+                f"out of memory on {device}: --micro_batch_size below {rows} takes less, and the "
+                "same run goes on with it"
+            )
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
         reason = str(e).splitlines()[0]
         fail(
-            f"another process died, or was silent for {config.timeout:g} minutes ({reason}); "
-            f"the same command goes on from the last checkpoint in {config.out}"
+            f"another process died, or was silent for {config.timeout:g} minutes ({reason}); the "
+            f"same command goes on from the last checkpoint in {config.out}"
         )
     finally:
         if dist.is_initialized():
@@ -390,12 +387,11 @@ def lr_at(step, config):
 
 def make_optimizer(model, config):
     """AdamW; decay on matrices only, as 24hBERT has it (fairseq decays everything)."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
-        {
-            "params": [p for p in model.parameters() if p.dim() >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        dict(params=matrices, weight_decay=config.weight_decay),
+        dict(params=vectors, weight_decay=0.0),
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
@@ -522,9 +518,7 @@ def load_checkpoint(path):
         if not candidate.exists():
             continue
         try:
-            damaged = zipfile.ZipFile(
-                candidate
-            ).testzip()  # torch.load does not look at the checksums
+            damaged = zipfile.ZipFile(candidate).testzip()  # torch.load checks no checksums
             if damaged is None:
                 state = torch.load(candidate, map_location="cpu", weights_only=True)
                 for problem in problems:
@@ -543,15 +537,11 @@ def same_run(config, saved):
     for f in sorted(fields(Config), key=lambda f: f.name in derived):
         old, new = saved.get(f.name), getattr(config, f.name)
         old = tuple(old) if f.type is tuple else old
-        if (
-            f.name not in ("out", "data", "init")
-            and not f.metadata.get("may_change")
-            and old != new
-        ):
+        free = f.name in ("out", "data", "init") or f.metadata.get("may_change")
+        if old != new and not free:
             fail(
-                f"--{f.name} {new}: the run in {config.out} has {old}; go on with that, or "
-                "choose another "
-                "--out"
+                f"--{f.name} {new}: the run in {config.out} has {old}; go on with that, or choose "
+                "another --out"
             )
 
 
@@ -619,9 +609,8 @@ def train(model, data, config, machine, log, state, caught):
             scaler.load_state_dict(state["scaler"])
         state.clear()  # gigabytes, for a large model
     if machine.world > 1:
-        model = DistributedDataParallel(
-            model, [machine.device] if machine.device.type == "cuda" else None
-        )
+        gpu = [machine.device] if machine.device.type == "cuda" else None
+        model = DistributedDataParallel(model, gpu, gradient_as_bucket_view=True)  # saves a copy
     if use_compile(config, machine):
         model.compile()  # in place: the parameters keep their names
     k, n_m, _ = counts(config.seq_len, config.mask_rate, config.strategy)
@@ -680,8 +669,8 @@ def train(model, data, config, machine, log, state, caught):
                 }  # fmt: skip
                 log.write(entry)
                 machine.say(
-                    f"step {done:>6}/{config.max_steps}  loss {loss:.3f}  lr {lr:.2e}  "
-                    f"grad {norm:.2f}  {entry['tokens_per_s']:,} tok/s"
+                    f"step {done:>6}/{config.max_steps}  loss {loss:.3f}  lr {lr:.2e}  grad "
+                    f"{norm:.2f}  {entry['tokens_per_s']:,} tok/s"
                     + (f"  mfu {entry['mfu']:.0%}" if peak else "")
                 )
         stopping = stop > 0 or done == config.max_steps
@@ -719,9 +708,8 @@ def stop_if_diverged(loss, norm, scaler, step, lr, out):
     if not (math.isfinite(loss) and fine):
         what = "go on from its checkpoint" if (out / "ckpt.pt").exists() else "start again"
         fail(
-            f"step {step + 1}, lr {lr:.2e}: loss {loss}, gradient norm {norm}: the run in "
-            f"{out} has "
-            f"diverged; {what} with --grad_clip 1 (Table 4's advice), or lower --lr in another "
+            f"step {step + 1}, lr {lr:.2e}: loss {loss}, gradient norm {norm}: the run in {out} "
+            f"has diverged; {what} with --grad_clip 1 (Table 4's advice), or lower --lr in another "
             "--out"
         )
 
@@ -764,8 +752,8 @@ def report(model, data, config, machine, log, steps):
     rows = steps * config.batch_size
     print(
         f"\nFLOPs of {rows * config.seq_len:,} tokens, forward and backward: "
-        f"{spent * rows:.2e}; vanilla MLM "
-        f"at 15% takes {vanilla * rows:.2e}, {vanilla / spent:.2f} times as many"
+        f"{spent * rows:.2e}; vanilla MLM at 15% takes {vanilla * rows:.2e}, {vanilla / spent:.2f} "
+        "times as many"
     )
     out = Path(config.out)
     what = "the encoder and its head" if config.decoder == "none" else "the encoder"
@@ -796,14 +784,9 @@ def show_sentences(model, data, batch, config, machine, number=5, length=36):
         text[batch.predict[i].cpu()] = batch.labels[i].cpu()
         words = [tokenizer.decode([t]) for t in text.tolist()]
         for at, guess in zip(batch.masked[i].tolist(), guesses[i, :n_m].tolist()):
-            truth, guess = words[at], tokenizer.decode([guess])
-            space = " " * truth.startswith(" ")
-            guess = (
-                guess.strip()
-                if guess.strip() == truth.strip()
-                else f"{guess.strip()}/{truth.strip()}"
-            )
-            words[at] = f"{space}[{guess}]"
+            space = " " * words[at].startswith(" ")
+            guess, truth = tokenizer.decode([guess]).strip(), words[at].strip()
+            words[at] = f"{space}[{guess}]" if guess == truth else f"{space}[{guess}/{truth}]"
         print("  " + " ".join("".join(words[1 : 1 + length]).split()))
 
 
@@ -817,8 +800,7 @@ def prepare_run(config, machine):
     if share % 1 or share % micro:
         fail(
             f"--batch_size {config.batch_size}: must be a multiple of processes x "
-            "micro_batch_size, "
-            f"{machine.world} x {config.micro_batch_size}"
+            f"micro_batch_size, {machine.world} x {config.micro_batch_size}"
         )
     if config.data == DEFAULT_DATA:
         if machine.rank == 0 and not (Path(config.data) / "meta.json").exists():
@@ -853,9 +835,8 @@ def resume(config, machine, data, model):
             fail(f"--data {config.data}: not the data that the run in {out} was trained on")
         if state["config"]["max_steps"] != config.max_steps:
             machine.say(
-                f"warning: --max_steps was {state['config']['max_steps']}, is "
-                f"{config.max_steps}: the learning "
-                "rate's schedule changes with it"
+                f"warning: --max_steps was {state['config']['max_steps']}, is {config.max_steps}: "
+                "the learning rate's schedule changes with it"
             )
         model.load_state_dict(state.pop("model"))
         machine.say(f"{out}: {state['step']} of {config.max_steps} steps are done")
@@ -886,8 +867,7 @@ def main(argv=None):
             f"{machine.device.type} in {str(machine.dtype)[6:]}; rows of {config.seq_len}: {n_m} "
             f"masked, {n_r} replaced, {k - n_m - n_r} unchanged; "
             f"{data.n_rows('train', config.seq_len):,} rows an epoch, "
-            f"{data.left_over(config.seq_len)} tokens "
-            "left over"
+            f"{data.left_over(config.seq_len)} tokens left over"
         )
         finished = state is not None and state["step"] >= config.max_steps
         if finished and not eval_only:

@@ -490,8 +490,8 @@ def haul(lab, kills):
     )  # fmt: skip
     row(
         f"{steps:,} steps", 1, int(good),
-        f"memory {rss[0]:.0f} -> {rss[1]:.0f} MB, {speed[0]:,.0f} -> {speed[1]:,.0f} tokens/s, log "
-        f"{size / 1e3:.0f} kB, checkpoint {(out / 'ckpt.pt').stat().st_size / 1e3:.0f} kB",
+        f"memory {rss[0]:.0f} -> {rss[1]:.0f} MB, {speed[0]:,.0f} -> {speed[1]:,.0f} tokens/s, "
+        f"log {size / 1e3:.0f} kB, checkpoint {(out / 'ckpt.pt').stat().st_size / 1e3:.0f} kB",
     )  # fmt: skip
 
 

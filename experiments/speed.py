@@ -5,6 +5,7 @@
     python experiments/speed.py steps --device cuda --shape large --batch 1024 --micro 256 --compile
     python experiments/speed.py tricks              self-50 without each of its tricks
     python experiments/speed.py profile             where the time of a step goes
+    python experiments/speed.py products            a block's matrix products, over their rows
     python experiments/speed.py sweep               tokens/s over row length, masking rate and width
     python experiments/speed.py batch               the largest batch that fits into --gb of memory
     python experiments/speed.py ddp                 two processes of one core against two runs apart
@@ -52,9 +53,11 @@ MODELS = {  # decoder, masking rate
     "hf-15 default": ("hf", 0.15), "hf-15": ("hf", 0.15), "vanilla-15": ("none", 0.15),
     "self-50": ("self", 0.5), "vanilla-40": ("none", 0.4), "self-40": ("self", 0.4),
     "cross-40": ("cross", 0.4),
-    # what each trick is worth: self-50 without it
+    # for the sweep over masking rates
+    "vanilla": ("none", 0.15), "self": ("self", 0.15), "cross": ("cross", 0.15),
+    # what each trick is worth: self-50 without it; and two that are not taken
     "own malloc": ("self", 0.5), "F.dropout": ("self", 0.5), "F.cross_entropy": ("self", 0.5),
-    "compiled": ("self", 0.5),
+    "compiled": ("self", 0.5), "V 50304": ("self", 0.5),
 }  # fmt: skip
 TRICKS = ["self-50", "own malloc", "F.dropout", "F.cross_entropy"]
 # what a machine of 24 GB holds at once; vanilla-15, to compare with, is in each
@@ -123,13 +126,14 @@ class Contender:
         device = torch.device(device)
         self.machine = train.Machine(rank, world, device, train.pick_dtype("auto", device))
         torch.manual_seed(0)
-        config = train.model_config(self.config, V)
+        config = train.model_config(self.config, 50304 if name == "V 50304" else V)
         self.model = HuggingFace(self.config) if decoder == "hf" else model.MaskedLM(config)
         self.model.to(device).train()
         self.optimizer = train.make_optimizer(self.model, self.config)
         if world > 1:
             torch.distributed.init_process_group("gloo")
-            self.model = torch.nn.parallel.DistributedDataParallel(self.model)
+            ddp = torch.nn.parallel.DistributedDataParallel
+            self.model = ddp(self.model, gradient_as_bucket_view=True)
         if (compile and name != "hf-15 default") or name == "compiled":
             self.model.compile()
         self.data, self.done = RandomTokens(), 0
@@ -230,7 +234,7 @@ def take_turns(names, rounds, warmup, **settings):
         rate = max(rate, product_rate("cpu", 2048))
         for name, process in processes.items():
             process.ask()
-            step = process.hear()
+            step = process.hear() or sys.exit(f"{name}: no memory left; fewer side by side: --only")
             if r >= warmup:
                 results[name].append(step)
         say(
@@ -275,8 +279,8 @@ def steps(args):
     rate = max(rate for _, rate in measured)
     print(
         f"{args.shape}, n {n}, batch {args.batch}, micro-batch {args.micro or args.batch}, "
-        f"{args.device}, compile {args.compile}, torch {torch.__version__}; "
-        f"matrix products at {rate / 1e12:.3f} TFLOP/s"
+        f"{args.device}, compile {args.compile}, torch {torch.__version__}; matrix products at "
+        f"{rate / 1e12:.3f} TFLOP/s"
     )
     print(
         f"{'':<17}{'tokens/s':>9}{'s/step':>8}{'least-most':>14}{'TFLOP/s':>9}{'of rate':>9}"
@@ -375,45 +379,72 @@ def profile(args):
     return results
 
 
+def products(args):
+    """TFLOP/s of the products of an MLP of width d, forward and backward, over their rows: self-50
+    has 1,248 of them at batch 16, cross-40 and self-40 1,392, vanilla MLM 2,048."""
+    train.keep_freed_memory()
+    dtype, d = train.pick_dtype("auto", torch.device("cpu")), SHAPES[args.shape]["n_embd"]
+    rows = (512, 624, 768, 1024, 1248, 1312, 1392, 1536, 2048, 2496, 4096, 8192)
+    up, down = (torch.randn(s, dtype=dtype) for s in ((4 * d, d), (d, 4 * d)))
+    kinds = {
+        "fc1": lambda x, h: F.linear(x, up), "fc2": lambda x, h: F.linear(h, down),
+        "dx of fc1": lambda x, h: h @ up, "dx of fc2": lambda x, h: x @ down,
+        "dW of fc1": lambda x, h: h.t() @ x, "dW of fc2": lambda x, h: x.t() @ h,
+    }  # fmt: skip
+    print(f"{'rows':<8}" + "".join(f"{kind:>11}" for kind in kinds), "TFLOP/s")
+    results = []
+    for m in rows:
+        x, h = torch.randn(m, d, dtype=dtype), torch.randn(m, 4 * d, dtype=dtype)
+        results.append(dict(rows=m))
+        for kind, product in kinds.items():
+            seconds = []
+            for _ in range(args.warmup + args.rounds):
+                t = time.perf_counter()
+                product(x, h)
+                seconds.append(time.perf_counter() - t)
+            results[-1][kind] = 8 * m * d * d / statistics.median(seconds[args.warmup :])
+        print(f"{m:<8}" + "".join(f"{results[-1][k] / 1e12:>11.2f}" for k in kinds), flush=True)
+    return results
+
+
 # sweep, batch, ddp: what becomes of it as work grows
 
 
-def alone(rounds=1, **settings):
-    """Steps of one contender in a process of its own, after one to warm up; 0: that one alone."""
+def alone(rounds=1, warmup=1, **settings):
+    """The last steps of a contender in a process of its own; None for one that did not fit."""
     process = Process(**settings)
     answers = []
-    for _ in range(1 + rounds):
+    for _ in range(warmup + rounds):
         process.ask()
         answers.append(process.hear())
     process.end()
-    return answers[-rounds:] if rounds else answers
+    return answers[warmup:]
 
 
 def sweep(args):
-    """Tokens/s, 2,048 tokens a step throughout."""
+    """Tokens/s and TFLOP/s of base, 2,048 tokens a step throughout."""
     results = []
 
-    def line(**settings):
-        x = alone(shape="base", **settings)
-        seconds = statistics.median(s["seconds"] for s in x)
-        settings |= dict(
-            seconds=seconds, tokens_per_s=2048 / seconds, flops_per_s=x[0]["flops"] / seconds
-        )
-        results.append(settings)
-        return f"{2048 / seconds:>9,.0f}{x[0]['flops'] / seconds / 1e12:>9.3f}"
+    def table(names, label, field, values):
+        print(f"{label:<10}" + "".join(f"{name:>20}" for name in names), flush=True)
+        for value in values:
+            cells = []
+            for name in names:
+                n = value if field == "seq_len" else 128
+                x = alone(args.rounds, args.warmup, name=name, batch=2048 // n, **{field: value})
+                seconds = statistics.median(s["seconds"] for s in x)
+                results.append(
+                    dict(name=name, seconds=seconds, flops=x[0]["flops"], **{field: value})
+                )
+                cells.append(f"{2048 / seconds:>13,.0f}{x[0]['flops'] / seconds / 1e12:>7.3f}")
+            print(f"{value:<10}" + "".join(cells), flush=True)
+        print()
 
-    names = ("vanilla-15", "self-50")
-    print(f"{'tokens/s, TFLOP/s':<20}" + "".join(f"{name:>18}" for name in names))
-    for n in (64, 128, 256, 512):
-        cells = [line(name=name, seq_len=n, batch=2048 // n) for name in names]
-        print(f"{f'n {n}':<20}" + "".join(cells), flush=True)
-    for width in (256, 768, 1024):
-        cells = [line(name=name, n_embd=width, batch=16) for name in names]
-        print(f"{f'width {width}':<20}" + "".join(cells), flush=True)
-    print(f"{'':<20}{'vanilla':>18}{'self':>18}")
-    for r in (0.15, 0.3, 0.5, 0.8):
-        cells = [line(name=name, mask_rate=r, batch=16) for name in names]
-        print(f"{f'r {r:.0%}':<20}" + "".join(cells), flush=True)
+    names = ("vanilla-15", "self-50", "cross-40")
+    table(names, "n", "seq_len", (64, 128, 256, 512))
+    table(names, "d_en", "n_embd", (256, 512, 768, 1024))
+    names = ("vanilla", "self", "cross")
+    table(names, "r", "mask_rate", (0.15, 0.3, 0.4, 0.5, 0.65, 0.8))
     return results
 
 
@@ -423,7 +454,7 @@ def batch(args):
     print(f"{'':<17}{'largest batch in':>18}{f'{args.gb:g} GB':>7}{'GB at 16':>10}")
     for name in ("hf-15", "vanilla-15", "self-50"):
         sizes, size = {}, 16
-        while x := alone(rounds=0, name=name, batch=size, gb=args.gb)[0]:
+        while x := alone(warmup=0, name=name, batch=size, gb=args.gb)[0]:
             sizes[size] = x["bytes"]
             say(name, size, x["bytes"] / 1e9)
             size *= 2
@@ -535,8 +566,8 @@ def start(args):
         for i in range(3):
             command = (
                 f"{ROOT}/train.py --recipe longer-base --seq_len 128 --batch_size 16 --max_steps 1 "
-                f"--micro_batch_size 16 --log_every 1 --eval_rows 16 --device cpu "
-                f"--data {folder}/data --out {folder}/out{i}"
+                "--micro_batch_size 16 --log_every 1 --eval_rows 16 --device cpu --data "
+                f"{folder}/data --out {folder}/out{i}"
             )
             t = time.perf_counter()
             process = subprocess.Popen(
@@ -563,6 +594,7 @@ def main():
         "steps": steps,
         "tricks": steps,
         "profile": profile,
+        "products": products,
         "sweep": sweep,
         "batch": batch,
         "ddp": ddp,
@@ -579,7 +611,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="rows of a step (default: 16)")
     parser.add_argument("--micro", type=int, help="rows at once (default: the batch)")
     parser.add_argument("--rounds", type=int, default=11, help="steps of each (default: 11)")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before those (default: 2)")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before those (default: 4)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile all but hf-15 default"
