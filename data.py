@@ -63,20 +63,23 @@ def atomic(path, mode="wb"):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except OSError as e:
-        reason = e.strerror or str(e)
+    except BaseException as e:
         with suppress(OSError):
             tmp.unlink(missing_ok=True)
+        if not isinstance(e, OSError):
+            raise
+        reason = e.strerror or str(e)
         fail(f"{path}: cannot be written ({reason}); free some space or choose another folder")
 
 
 @contextmanager
-def lock(directory, wait=False):
+def lock(directory, wait=False, name=".lock"):
     """One process at a time in a folder, by a lock that dies with its process, so that none is ever
     stale. Where the platform has no flock (Windows), nothing is locked."""
+    new = not Path(directory).exists()
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
-        file = open(Path(directory) / ".lock", "w")
+        file = open(Path(directory) / name, "w")
     except OSError as e:
         fail(f"{directory}: cannot be written ({e.strerror}); choose another folder")
     with file:
@@ -91,8 +94,23 @@ def lock(directory, wait=False):
         try:
             yield
         finally:
-            if os.listdir(directory) == [".lock"]:  # refused: leave nothing behind
-                shutil.rmtree(directory)
+            with suppress(OSError):
+                if new and os.listdir(directory) == [name]:  # refused: leave nothing behind
+                    shutil.rmtree(directory)
+
+
+def command(main, interrupted):
+    """Run a script's main. Ctrl-C and a reader that goes away (| head) end it without a
+    traceback."""
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        sys.exit(141)
 
 
 def seed_of(*parts):
@@ -146,8 +164,9 @@ def special_ids(vocab):
 
 def is_special(tokens, vocab):
     """Where a tensor or array of ids holds <s>, <pad>, </s>, <unk> or <mask>."""
-    found = tokens == vocab.bos
-    for i in special_ids(vocab):
+    first, *others = special_ids(vocab)
+    found = tokens == first
+    for i in others:
         found = found | (tokens == i)
     return found
 
@@ -259,7 +278,7 @@ def index_documents(files, doc, out):
             spans, start, line_number = [], None, 1
             decoder = codecs.getincrementaldecoder("utf-8")()
             ended = True  # a line longer than PIECE comes in several reads
-            with open_text(path) as f:
+            with open_file(path) as f:
                 if f.read(3) != codecs.BOM_UTF8:
                     f.seek(0)
                 at = f.tell()
@@ -296,7 +315,7 @@ def index_documents(files, doc, out):
     return count
 
 
-def open_text(path):
+def open_file(path):
     try:
         return open(path, "rb")
     except OSError as e:
@@ -326,7 +345,7 @@ def read_documents(files, index, order, seed):
             if file not in handles:
                 if len(handles) == 64:  # open files; a corpus may lie in thousands
                     handles.pop(next(iter(handles))).close()
-                handles[file] = open_text(files[file])
+                handles[file] = open_file(files[file])
             for piece in document_pieces(handles[file], start, end):
                 pieces.append(piece)
                 size += len(piece[0])
@@ -379,7 +398,8 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val=0.01,
     least."""
     out = Path(out)
     asked = dict(doc=doc, tokenizer=tokenizer and sha256_of(tokenizer), vocab_size=vocab_size)
-    asked |= dict(val=val, seed=seed, files=[[Path(f).name, os.path.getsize(f)] for f in files])
+    reading = tqdm(files, "hashing texts", unit="file", disable=None if len(files) > 1 else True)
+    asked |= dict(val=val, seed=seed, files=[[Path(f).name, sha256_of(f)] for f in reading])
     with lock(out), tempfile.TemporaryFile(dir=out) as f:
         if (out / "meta.json").exists():
             if read_meta(out)["asked"] != asked:
@@ -440,7 +460,7 @@ def prepare_default(out=DEFAULT_DATA, vocab_size=2048):
 
 def sha256_of(path):
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -685,6 +705,7 @@ def main(argv=None):
         if not any(os.path.isfile(f) for f in found):
             what = "a folder; give its files, as 'DIR/*.txt'" if found else "no such file"
             fail(f"--input {pattern}: {what}")
+    files = list(dict.fromkeys(files))  # named twice, it would be in both parts
     if args.tokenizer:
         load_tokenizer(args.tokenizer)
     prepare(
@@ -693,11 +714,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print(
-            "interrupted; the same command begins again, nothing half-written is left",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    command(main, "interrupted; the same command begins again")

@@ -23,8 +23,8 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import atomic, fail, load_tokenizer, lock, seed_of
+from data import atomic, command, fail, load_tokenizer, lock, seed_of, sha256_of
 from model import Classifier, load_classifier, load_pretrained, save_pretrained
 from train import (
     Machine,
@@ -200,9 +200,11 @@ def read_task(name, glue):
     }
 
 
-def missing_files(name, glue):
-    files = [Path(glue) / name / f"{f}.tsv" for f in ("train", *TASKS[name].dev)]
-    return [str(f) for f in files if not f.is_file()]
+def files_of(name, args):
+    """A task's training and development files."""
+    if args.train:
+        return [Path(args.train), Path(args.dev)]
+    return [Path(args.glue) / name / f"{f}.tsv" for f in ("train", *TASKS[name].dev)]
 
 
 def read_own(args):
@@ -400,15 +402,19 @@ def run_once(name, examples, settings, init, reinit, vocab, machine, dropout):
 
 def read_results(out):
     path = Path(out) / "results.json"
+    if not path.exists():
+        return {"runs": []}
     try:
-        return json.loads(path.read_text()) if path.exists() else {"runs": []}
-    except ValueError:
-        fail(f"{path}: not JSON; move it away to start again")
+        results = json.loads(path.read_text())
+        results["runs"], results["start"]  # noqa: B018
+        return results
+    except (ValueError, KeyError, TypeError):
+        fail(f"{path}: damaged; move it away to start again")
 
 
 def record(out, start, result, model, tokenizer_file):
     """Add a finished run to results.json, and keep its model if it is the task's best so far."""
-    with lock(out, wait=True):  # processes of one sweep take turns
+    with lock(out, wait=True, name=".record"):  # processes of one sweep take turns
         results = read_results(out)
         rivals = [r["score"] for r in results["runs"] if r["task"] == result["task"]]
         if not result["diverged"] and all(result["score"] > s for s in rivals):
@@ -489,24 +495,34 @@ def print_table(results, missing):
         print(f"{'average':<43}{100 * summary['average']['score']:>7.1f}  ({AVERAGE}{note})")
 
 
-def same_start(args):
-    """Results of different encoders do not belong in one folder: what differs is an error."""
+def same_start(names, args):
+    """Results of different encoders or texts do not belong in one folder: what differs is an
+    error. Returns what to compare with: of all runs, and {task: the hashes of its files}."""
     start = dict(init=os.path.realpath(args.init), reinit=args.reinit, max_len=args.max_len)
     start |= dict(dropout=args.dropout, from_mnli=args.from_mnli)
-    for name, old in read_results(args.out).get("start", start).items():
+    weights = [Path(args.init) / f for f in ("pytorch_model.bin", "model.safetensors")]
+    start["weights"] = sha256_of(next(filter(Path.is_file, weights)))
+    texts = {name: [sha256_of(f) for f in files_of(name, args)] for name in names}
+    results, other = read_results(args.out), "choose another --out"
+    for name, old in results.get("start", start).items():
+        if old != start[name] and name == "weights":
+            fail(f"--init {args.init}: its weights have changed since {args.out}'s runs; {other}")
         if old != start[name]:
-            fail(f"--{name} {start[name]}: {args.out} has results of {old}; choose another --out")
-    return start
+            fail(f"--{name} {start[name]}: {args.out} has results of {old}; {other}")
+    for r in results["runs"]:
+        if r["task"] in texts and r["texts"] != texts[r["task"]]:
+            fail(f"{args.out}: its runs of {r['task']} were made on other texts; {other}")
+    return start, texts
 
 
 def run_tasks(names, args, load, tokenizer, vocab, machine):
     """All runs of some tasks that results.json does not have yet, shared out over the processes."""
-    start, keys = same_start(args), ("task", "seed", "lr", "batch_size", "epochs")
+    (start, texts), keys = same_start(names, args), ("task", "seed", "lr", "batch_size", "epochs")
     old = [[r[k] for k in keys] for r in read_results(args.out)["runs"]]
     runs = [dict(task=name) | point for name in names for point in grid(name, args)]
     runs = [r for r in runs if [r[k] for k in keys] not in old]
-    if machine.rank == 0 and old and runs:
-        print(f"{len(runs)} runs of {', '.join(names)} are still to be made", flush=True)
+    if machine.rank == 0 and (old or len(runs) > 1):
+        print(f"{len(runs)} runs of {', '.join(names)} are to be made", flush=True)
     if machine.world > 1:
         dist.barrier()  # everybody has read what there is before anybody adds to it
     parent, made = Path(args.out) / "MNLI" / "hf", {}
@@ -521,9 +537,11 @@ def run_tasks(names, args, load, tokenizer, vocab, machine):
         e = made[name]
         result, model = run_once(name, e, settings, init, reinit, vocab, machine, args.dropout)
         result |= dict(from_mnli=from_mnli, subset=e.subset, cut=e.cut, dropped=e.dropped)
+        result["texts"] = texts[name]
         record(args.out, start, result, model, Path(args.init) / "tokenizer.json")
         metrics = "  ".join(f"{m} {100 * v:.1f}" for m, v in result["metrics"].items())
         flag = "  DIVERGED" * result["diverged"] or "  COLLAPSED" * result["collapsed"]
+        flag += "  from MNLI's" * from_mnli
         point = "  ".join(f"{k} {v}" for k, v in settings.items())
         print(f"{name}  {point}:  {metrics}{flag}  ({result['seconds']:.0f} s)", flush=True)
     if machine.world > 1:
@@ -554,7 +572,11 @@ def write_predictions(path, logits, labels, words):
 
 def predict_file(directory, path, columns, labels, out, tokenizer, vocab, machine, args, glue=True):
     """Predict a test file with the classifier in `directory`."""
-    model = load_classifier(directory, 1 if labels is None else len(labels)).to(machine.device)
+    try:
+        model = load_classifier(directory, 1 if labels is None else len(labels))
+    except ValueError as e:
+        fail(f"no predictions for {path}: {e}")
+    model.to(machine.device)
     examples, _ = encode(read_split(path, columns, None), tokenizer, vocab, args.max_len)
     write_predictions(out, predict(model, examples, vocab, machine), labels, glue)
 
@@ -643,8 +665,12 @@ def parse(argv=None):
         "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="(default auto)"
     )
     args = parser.parse_args(argv)
-    if args.train and args.task:
-        fail("--train: is for a task of your own; leave --task out")
+    for name in ("dev", "test", "regression"):
+        if args.task and getattr(args, name):
+            fail(f"--{name}: is for a task of your own, with --train; leave it or --task out")
+    if args.train and (args.task or args.glue or args.predict):
+        fail("--train: is for a task of your own; leave --task, --glue and --predict out")
+    args.seed = args.seed and list(dict.fromkeys(args.seed))
     if not args.train and not args.task:
         fail("--task: name a GLUE task or all, or give --train and --dev of your own")
     if args.task and not args.glue:
@@ -675,17 +701,18 @@ def machine_for(args):
 def main(argv=None):
     args = parse(argv)
     tokenizer, vocab = load_tokenizer(Path(args.init) / "tokenizer.json")
-    positions = load_init(args.init)[0].n_positions  # and a folder that cannot be read fails now
-    args.max_len = args.max_len or min(128, positions)
-    if args.max_len > positions:
-        fail(f"--max_len {args.max_len}: the encoder in {args.init} has {positions} positions")
     machine = machine_for(args)
     try:
-        if args.train:
-            own_task(args, tokenizer, vocab, machine)
-        else:
-            glue_tasks(args, tokenizer, vocab, machine)
-    except RuntimeError as e:
+        shape = load_init(args.init)[0]  # a folder that cannot be read fails now
+        args.max_len = args.max_len or min(128, shape.n_positions)
+        if args.max_len > shape.n_positions:
+            most = f"{shape.n_positions} positions"
+            fail(f"--max_len {args.max_len}: the encoder in {args.init} has {most}")
+        if vocab.size > shape.vocab_size:
+            fail(f"--init {args.init}: its tokenizer.json has more words than its encoder")
+        with lock(args.out) if machine.rank == 0 else nullcontext():
+            (own_task if args.train else glue_tasks)(args, tokenizer, vocab, machine)
+    except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
         fail(f"out of memory on {machine.device}; a lower --batch_size or --max_len takes less")
@@ -711,7 +738,7 @@ def own_task(args, tokenizer, vocab, machine):
 
 def glue_tasks(args, tokenizer, vocab, machine):
     names = [*TASKS] if args.task == "all" else [args.task]
-    missing = {name: missing_files(name, args.glue) for name in names}
+    missing = {name: [str(f) for f in files_of(name, args) if not f.is_file()] for name in names}
     there = [name for name in names if not missing[name]]
     absent = [name for name in names if missing[name]]
     if not there:
@@ -733,10 +760,4 @@ def glue_tasks(args, tokenizer, vocab, machine):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print(
-            "interrupted; the same command keeps the finished runs of results.json", file=sys.stderr
-        )
-        sys.exit(130)
+    command(main, "interrupted; the same command keeps the finished runs of results.json")

@@ -63,6 +63,7 @@ class ModelConfig:
             if width < 1 or width % self.head_size:
                 raise ValueError(
                     f"{name} is {width}, must be a multiple of head_size {self.head_size}"
+                    + " (it is half of n_embd where not given)" * (name == "n_embd_dec")
                 )
 
 
@@ -74,8 +75,8 @@ def dropout(x, p):
         return F.dropout(x, p)
     seed = int(torch.randint(2**63 - 1, ()))
     bits = np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.int16)
-    drop = round(p * 2**16)
-    keep = torch.from_numpy(bits)[: x.numel()].view(x.shape) >= drop - 2**15
+    drop = min(round(p * 2**16), 2**16 - 1)
+    keep = torch.from_numpy(bits)[: x.numel()].view(x.shape) >= drop - 2**15  # bits are signed
     return x * keep.to(x.dtype).mul_(2**16 / (2**16 - drop))
 
 
@@ -288,7 +289,8 @@ class CrossEntropy(torch.autograd.Function):
             p = x.softmax(1)
             log_sum_exp = x.amax(1, True) - p.amax(1, True).log()
             losses.append(log_sum_exp - x.gather(1, y))
-            g.copy_(p.scatter_add_(1, y, p.new_full(y.shape, -1.0)))
+            if ctx.needs_input_grad[0]:
+                g.copy_(p.scatter_add_(1, y, p.new_full(y.shape, -1.0)))
         ctx.save_for_backward(grad)
         return torch.cat(losses).squeeze(1)
 
@@ -334,7 +336,8 @@ class MaskedLM(nn.Module):
         """batch: a data.Corrupted. Returns the losses (B, k) in nats, in the order of
         batch.predict."""
         logits = self.logits(batch).flatten(0, 1)  # (B·k, V)
-        if torch.compiler.is_compiling():  # which fuses the same of itself
+        # a compiler fuses the same of itself; fp16's gradients need their scale before rounding
+        if torch.compiler.is_compiling() or logits.dtype == torch.float16:
             losses = F.cross_entropy(exact(logits), batch.labels.flatten(), reduction="none")
         else:
             losses = CrossEntropy.apply(logits, batch.labels.flatten())

@@ -517,6 +517,33 @@ def test_no_changed_bit_of_meta_json_is_believed(tmp_path, capsys):
             assert e.code == 2 and "meta.json: damaged" in capsys.readouterr().err
 
 
+def test_other_words_in_as_many_bytes_are_other_files(tmp_path, capsys):
+    prepared(tmp_path)
+    prepared(tmp_path)
+    assert "already prepared" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        prepared(tmp_path, [text.replace("cat", "dog") for text in TEXTS * 3])
+    assert "other files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_write_leaves_what_was_there(error, tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(error), data.atomic(tmp_path / "file", "w") as f:
+        f.write("half")
+        raise error
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_refusal_removes_its_own_folder_and_no_other(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    for name in ("theirs", "link", "ours"):
+        with pytest.raises(SystemExit), data.lock(tmp_path / name):
+            data.fail("refused")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "theirs"]
+
+
 def documents(d, part):
     """The texts of a token file, by its separators."""
     tokenizer, vocab = data.load_tokenizer(d.tokenizer)
@@ -906,6 +933,23 @@ def test_init_starts_from_a_published_encoder(corpus, tmp_path):
         assert torch.equal(p, encoder.state_dict()[name])
     with pytest.raises(SystemExit):
         train.main([*argv, "--n_layer", "3"])
+
+
+def test_init_of_a_run_stays_what_it_was(corpus, encoder_folder, tmp_path, capsys):
+    """Left out, it is the one before; a first or another one is refused."""
+    argv = arguments(corpus, tmp_path / "plain")
+    train.main(argv)
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--max_steps", "6", "--init", str(tmp_path / "plain/hf")])
+    assert f"--init {tmp_path / 'plain/hf'}" in capsys.readouterr().err
+    started = arguments(corpus, tmp_path / "started", init=tmp_path / "plain/hf")
+    for name in ("n_layer", "n_embd", "head_size"):
+        at = started.index(f"--{name}")
+        del started[at : at + 2]
+    train.main(started)
+    train.main([*arguments(corpus, tmp_path / "started"), "--max_steps", "6"])
+    config = json.loads((tmp_path / "started/config.json").read_text())
+    assert config["init"] == str(tmp_path / "plain/hf") and config["max_steps"] == 6
 
 
 def first_gradients(argv, path):
@@ -1405,6 +1449,38 @@ def test_results_of_another_encoder_and_divergence(encoder_folder, tmp_path, cap
     assert "--reinit True" in capsys.readouterr().err
 
 
+def test_results_of_other_texts_or_weights_are_not_taken_for_these(
+    tmp_path, encoder_folder, capsys
+):
+    """The same command, after a file that it names has changed."""
+    files, encoder = own_files(tmp_path, rows=20), tmp_path / "hf"
+    shutil.copytree(encoder_folder, encoder)
+    argv = [*files[:2], f"--init={encoder}", f"--out={tmp_path / 'out'}", "--device=cpu"]
+    argv += ["--dtype=fp32", "--epochs=1"]
+    ft.main(argv)
+    before = (tmp_path / "out/results.json").read_bytes()
+    for path, name in ((tmp_path / "dev.tsv", "other texts"), (encoder, "--init")):
+        file = path if path.is_file() else path / "pytorch_model.bin"
+        kept = file.read_bytes()
+        if path.is_file():
+            file.write_bytes(kept.replace(b"good", b"fine"))
+        else:
+            torch.save({k: v + 1 for k, v in torch.load(file).items()}, file)
+        with pytest.raises(SystemExit) as e:
+            ft.main(argv)
+        assert e.value.code == 2 and name in capsys.readouterr().err
+        file.write_bytes(kept)
+    ft.main(argv)
+    assert (tmp_path / "out/results.json").read_bytes() == before
+
+
+def test_no_model_no_predictions(encoder_folder, tmp_path, capsys):
+    argv = [*own_files(tmp_path, rows=20), f"--init={encoder_folder}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as e:
+        ft.main([*argv, "--device=cpu", "--dtype=fp32", "--epochs=2", "--lr", "1e30"])
+    assert e.value.code == 2 and "no predictions for" in capsys.readouterr().err
+
+
 def test_tables_grid_is_table_5():
     args = ft.parse(["--task=all", "--glue=x", "--init=x", "--out=x", "--sweep"])
     for name in ft.TASKS:
@@ -1477,6 +1553,8 @@ def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
     shutil.copytree(corpus, "ids")
     Path("ids/train.bin").write_bytes(b"\xff" * Path("ids/train.bin").stat().st_size)
     shutil.copytree(encoder_folder, "hf")
+    shutil.copytree(encoder_folder, "hf_big")
+    tokenizer_file("hf_big", 900, text=data.__doc__)
     shutil.copytree(encoder_folder, "evil")
     torch.save({"x": Malice()}, "evil/pytorch_model.bin")
     shutil.copytree(encoder_folder, "shapes")
@@ -1537,6 +1615,7 @@ BAD = [
     ("train", "--device abacus", "--device abacus"),
     ("train", "--warmup 2", "--warmup 2"),
     ("train", "--timeout 0", "--timeout 0"),
+    ("train", "--seq_len 5", "--seq_len 5"),
     ("train", "--eval_only", "--eval_only"),
     ("train", "--out run", "run/ckpt.pt"),
     ("train", "--init none", "none/config.json"),
@@ -1552,6 +1631,9 @@ BAD = [
     ("finetune", "--task RTE --glue glue --init none", "none"),
     ("finetune", "--task RTE --glue glue --init evil", "evil/pytorch_model.bin"),
     ("finetune", "--task RTE --glue glue --init hf --max_len 500", "--max_len 500"),
+    ("finetune", "--task RTE --glue glue --init hf_big", "hf_big"),
+    ("finetune", "--task RTE --glue glue --init hf --regression", "--regression"),
+    ("finetune", "--train ok.tsv --dev ok.tsv --init hf --predict", "--train"),
     ("finetune", "--task RTE --glue glue --init hf --lr 0", "--lr"),
     ("finetune", "--train ok.tsv --init hf", "--dev"),
     ("finetune", "--train none.tsv --dev ok.tsv --init hf", "none.tsv"),

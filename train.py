@@ -45,6 +45,7 @@ from data import (
     Corrupted,
     Data,
     atomic,
+    command,
     corrupt,
     counts,
     fail,
@@ -70,7 +71,9 @@ class Config:
     init: str = option("", "Hugging Face RoBERTa folder whose encoder to start from")
     # model
     decoder: str = option("self", "3ML's decoder: self, cross; none: vanilla MLM")
-    norm: str = option("", "LayerNorm: post, pre (default: the recipe's, Table 4)")
+    norm: str = option(
+        "", "LayerNorm: post, pre (default, by Table 4: pre for large and for cross)"
+    )
     n_layer: int = option(12, "layers of the encoder")
     n_embd: int = option(768, "width of the encoder")
     head_size: int = option(64, "of every attention head")
@@ -90,7 +93,8 @@ class Config:
     weight_decay: float = option(0.01, "AdamW's, on parameters of two dimensions and more")
     grad_clip: float = option(0.0, "largest gradient norm, 0: any", may_change=True)
     seed: int = option(0, "of initialisation, rows, masks and dropout")
-    # the work's division, and what is written when: none of these changes the result
+    # the work's division, and what is written when: none of these changes the result, but for
+    # rounding (dtype, compile) and for dropout's noise (micro_batch_size)
     micro_batch_size: int = option(64, "rows that go through a process at once", may_change=True)
     eval_every: int = option(1000, "steps between evaluations", may_change=True)
     eval_rows: int = option(1024, "rows of the validation set")
@@ -225,9 +229,10 @@ def check(config):
         if c.decoder != "none" and counts(c.seq_len, c.mask_rate, c.strategy)[1] < 1:
             fail(f"--strategy {c.strategy}: leaves no [MASK] to decode; use --decoder none")
         counts(c.seq_len, c.mask_rate, c.strategy)
-        counts(c.seq_len, COMMON_RATE, c.strategy)
     except ValueError as e:
         fail(f"--{e}")
+    if round(COMMON_RATE * (c.seq_len - 2)) < 1:
+        fail(f"--seq_len {c.seq_len}: too short for the validation at {COMMON_RATE:.0%}")
 
 
 def model_config(config, vocab_size):
@@ -319,7 +324,8 @@ def die_with_torchrun():
 
 
 def out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -337,12 +343,12 @@ def start(config):
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout))
         yield Machine(rank, world, device, pick_dtype(config.dtype, device))
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
         if out_of_memory(e):
             rows = min(config.micro_batch_size, config.batch_size // world)
+            advice = f"--micro_batch_size below {rows} takes less, and the same run goes on with it"
             fail(
-                f"out of memory on {device}: --micro_batch_size below {rows} takes less, and the "
-                "same run goes on with it"
+                f"out of memory on {device}: " + (advice if rows > 1 else "the model is too large")
             )
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
@@ -537,11 +543,13 @@ def same_run(config, saved):
     for f in sorted(fields(Config), key=lambda f: f.name in derived):
         old, new = saved.get(f.name), getattr(config, f.name)
         old = tuple(old) if f.type is tuple else old
-        free = f.name in ("out", "data", "init") or f.metadata.get("may_change")
+        free = f.name in ("out", "data") or f.metadata.get("may_change")
+        if f.name == "init":  # left out, it is what it was
+            free = not new or os.path.realpath(new) == os.path.realpath(old or "")
         if old != new and not free:
             fail(
-                f"--{f.name} {new}: the run in {config.out} has {old}; go on with that, or choose "
-                "another --out"
+                f"--{f.name} {new}: the run in {config.out} has {old or 'none'}; go on with that, "
+                "or choose another --out"
             )
 
 
@@ -583,6 +591,8 @@ def interrupts():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         caught.append(number)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
 
     old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -665,6 +675,7 @@ def train(model, data, config, machine, log, state, caught):
                     "step": done, "loss": loss, "lr": lr, "grad_norm": finite(norm),
                     "tokens_per_s": round(rows_per_s * config.seq_len),
                     "mfu": peak and round(rows_per_s * row_flops / (peak * machine.world), 4),
+                    # of the step's rows and masks: do two runs see the same?
                     "rows": zlib.crc32(current.inputs.cpu().numpy().tobytes()),
                 }  # fmt: skip
                 log.write(entry)
@@ -681,7 +692,7 @@ def train(model, data, config, machine, log, state, caught):
                 log.write(entry)
             machine.say(
                 f"step {done:>6}/{config.max_steps}  validation loss {entry['val_loss']:.3f}  "
-                f"perplexity {entry['ppl']:.1f}, of masked tokens {number(entry['ppl_masked'])}"
+                f"perplexity {number(entry['ppl'])}, of masked tokens {number(entry['ppl_masked'])}"
             )
             clock += time.perf_counter() - start
         if done % config.save_every == 0 or stopping:
@@ -799,8 +810,8 @@ def prepare_run(config, machine):
     micro = min(config.micro_batch_size, share)
     if share % 1 or share % micro:
         fail(
-            f"--batch_size {config.batch_size}: must be a multiple of processes x "
-            f"micro_batch_size, {machine.world} x {config.micro_batch_size}"
+            f"--batch_size {config.batch_size}: must divide into equal shares for {machine.world} "
+            f"process(es), and these into equal micro-batches of at most {config.micro_batch_size}"
         )
     if config.data == DEFAULT_DATA:
         if machine.rank == 0 and not (Path(config.data) / "meta.json").exists():
@@ -831,6 +842,7 @@ def resume(config, machine, data, model):
     state = load_checkpoint(out / "ckpt.pt")
     if state is not None:
         same_run(config, state["config"])
+        config.init = state["config"]["init"]
         if state["data"] != data.meta["sha256"]:
             fail(f"--data {config.data}: not the data that the run in {out} was trained on")
         if state["config"]["max_steps"] != config.max_steps:
@@ -892,8 +904,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    command(main, "interrupted")

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,7 @@ MODELS = {  # decoder, masking rate
     "compiled": ("self", 0.5), "V 50304": ("self", 0.5),
 }  # fmt: skip
 TRICKS = ["self-50", "own malloc", "F.dropout", "F.cross_entropy"]
+NO_MEMORY = 3  # a worker's exit status
 # what a machine of 24 GB holds at once; vanilla-15, to compare with, is in each
 GROUPS = [
     ["hf-15 default", "hf-15", "vanilla-15", "self-50"],
@@ -183,13 +185,17 @@ class Process:
         )  # fmt: skip
 
     def ask(self):
-        self.pipe.stdin.write("step\n")
-        self.pipe.stdin.flush()
+        with suppress(BrokenPipeError):  # hear() tells why
+            self.pipe.stdin.write("step\n")
+            self.pipe.stdin.flush()
 
     def hear(self):
         """What a step took; None if it did not fit into memory."""
-        line = self.pipe.stdout.readline()
-        return json.loads(line) if line else None
+        if line := self.pipe.stdout.readline():
+            return json.loads(line)
+        if self.pipe.wait() not in (NO_MEMORY, -9):
+            sys.exit("a contender failed, see above")
+        return None
 
     def end(self):
         self.pipe.stdin.close()
@@ -199,9 +205,14 @@ class Process:
 def worker(settings):
     if gb := settings.pop("gb", None):
         resource.setrlimit(resource.RLIMIT_DATA, (int(gb * 1e9),) * 2)
-    contender = Contender(**settings)
-    for _ in sys.stdin:
-        print(json.dumps(contender.answer()), flush=True)
+    try:
+        contender = Contender(**settings)
+        for _ in sys.stdin:
+            print(json.dumps(contender.answer()), flush=True)
+    except (RuntimeError, MemoryError) as e:
+        if not train.out_of_memory(e):
+            raise
+        sys.exit(NO_MEMORY)
 
 
 def say(*what):
@@ -459,6 +470,8 @@ def batch(args):
             say(name, size, x["bytes"] / 1e9)
             size *= 2
         results[name] = sizes
+        if not sizes:
+            sys.exit(f"{name}: 16 rows do not fit into {args.gb:g} GB; give more --gb")
         print(f"{name:<17}{max(sizes):>25}{sizes[16] / 1e9:>10.2f}", flush=True)
     return results
 
