@@ -137,6 +137,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(argv)
     print("Table 3: pre-training FLOPs against vanilla MLM at 15%")
+    print("(counted as the paper does, 2 x the forward pass; train.py counts 3 x)")
     print(f"{'model':<20}{'size':<7}{'updates':>8}{'FLOPs':>10}{'speed-up':>10}{'paper':>7}")
     baseline = {s: run(s, "none", 0.15, u) for s, u in (("large", 23_000), ("base", 125_000))}
     for name, size, decoder, r, u, paper in TABLE_3:
