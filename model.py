@@ -283,13 +283,14 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels):
-        losses, grad = [], torch.empty_like(logits)  # (T, V)
+        learning = ctx.needs_input_grad[0]
+        losses, grad = [], torch.empty_like(logits) if learning else logits  # (T, V)
         for x, y, g in CrossEntropy.split(logits, labels.unsqueeze(1), grad):
             x = exact(x)
             p = x.softmax(1)
             log_sum_exp = x.amax(1, True) - p.amax(1, True).log()
             losses.append(log_sum_exp - x.gather(1, y))
-            if ctx.needs_input_grad[0]:
+            if learning:
                 g.copy_(p.scatter_add_(1, y, p.new_full(y.shape, -1.0)))
         ctx.save_for_backward(grad)
         return torch.cat(losses).squeeze(1)

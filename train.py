@@ -71,9 +71,7 @@ class Config:
     init: str = option("", "Hugging Face RoBERTa folder whose encoder to start from")
     # model
     decoder: str = option("self", "3ML's decoder: self, cross; none: vanilla MLM")
-    norm: str = option(
-        "", "LayerNorm: post, pre (default, by Table 4: pre for large and for cross)"
-    )
+    norm: str = option("", "LayerNorm: post, pre (default: Table 4's; pre for large and cross)")
     n_layer: int = option(12, "layers of the encoder")
     n_embd: int = option(768, "width of the encoder")
     head_size: int = option(64, "of every attention head")
