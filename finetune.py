@@ -519,10 +519,11 @@ def run_tasks(names, args, load, tokenizer, vocab, machine):
     """All runs of some tasks that results.json does not have yet, shared out over the processes."""
     (start, texts), keys = same_start(names, args), ("task", "seed", "lr", "batch_size", "epochs")
     old = [[r[k] for k in keys] for r in read_results(args.out)["runs"]]
-    runs = [dict(task=name) | point for name in names for point in grid(name, args)]
-    runs = [r for r in runs if [r[k] for k in keys] not in old]
-    if machine.rank == 0 and (old or len(runs) > 1):
-        print(f"{len(runs)} runs of {', '.join(names)} are to be made", flush=True)
+    every = [dict(task=name) | point for name in names for point in grid(name, args)]
+    runs = [r for r in every if [r[k] for k in keys] not in old]
+    if machine.rank == 0 and every:
+        there = f"{len(every) - len(runs)} of {len(every)} runs are there"
+        print(f"{', '.join(names)}: {there}, {len(runs)} are to be made", flush=True)
     if machine.world > 1:
         dist.barrier()  # everybody has read what there is before anybody adds to it
     parent, made = Path(args.out) / "MNLI" / "hf", {}

@@ -1474,6 +1474,14 @@ def test_results_of_other_texts_or_weights_are_not_taken_for_these(
     assert (tmp_path / "out/results.json").read_bytes() == before
 
 
+def test_a_second_sweep_on_the_same_folder_is_refused(encoder_folder, tmp_path, capsys):
+    argv = [*own_files(tmp_path, rows=20), f"--init={encoder_folder}", f"--out={tmp_path / 'out'}"]
+    with data.lock(tmp_path / "out"), pytest.raises(SystemExit):
+        ft.main([*argv, "--device=cpu"])
+    assert "another process" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_model_no_predictions(encoder_folder, tmp_path, capsys):
     argv = [*own_files(tmp_path, rows=20), f"--init={encoder_folder}", f"--out={tmp_path / 'out'}"]
     with pytest.raises(SystemExit) as e:
