@@ -71,7 +71,9 @@ class Config:
     init: str = option("", "Hugging Face RoBERTa folder whose encoder to start from")
     # model
     decoder: str = option("self", "3ML's decoder: self, cross; none: vanilla MLM")
-    norm: str = option("", "LayerNorm: post, pre (default: Table 4's; pre for large and cross)")
+    norm: str = option(
+        "", "LayerNorm: post, pre (default: Table 4's, pre for large and cross; tiny: pre)"
+    )
     n_layer: int = option(12, "layers of the encoder")
     n_embd: int = option(768, "width of the encoder")
     head_size: int = option(64, "of every attention head")
@@ -147,7 +149,12 @@ def parse(argv=None):
         text = f.metadata["help"] + " *" * f.metadata.get("may_change", False)
         if "default" not in text and "auto" not in text and f.default != "":
             shown = ",".join(map(str, f.default)) if f.type is tuple else f.default
-            text += f" (default: {shown})"
+            own = [
+                f"; {name}: {recipe[f.name]}"
+                for name, recipe in RECIPES.items()
+                if f.name in recipe
+            ]
+            text += f" (default: {shown}{''.join(own)})"
         kind = number_list if f.type is tuple else f.type
         shown = {int: "N", float: "X", str: "TEXT", tuple: "X,X,X"}[f.type]
         parser.add_argument(
