@@ -43,9 +43,10 @@ CHUNK = 1 << 22  # bytes of documents that go through the tokenizer together
 BPE_SAMPLE = 200 << 20  # bytes of text, documents at random, that a new BPE is trained on
 
 
-def fail(message):
-    """One line on stderr (under torchrun, of a node's first process alone), exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def fail(message, everywhere=False):
+    """One line on stderr (under torchrun, of a node's first process alone, unless what is wrong is
+    this process's own), exit status 2."""
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -705,7 +706,7 @@ def main(argv=None):
         if not any(os.path.isfile(f) for f in found):
             what = "a folder; give its files, as 'DIR/*.txt'" if found else "no such file"
             fail(f"--input {pattern}: {what}")
-    files = list(dict.fromkeys(files))  # named twice, it would be in both parts
+    files = [*{os.path.realpath(f): f for f in files}.values()]  # a text twice: in both parts
     if args.tokenizer:
         load_tokenizer(args.tokenizer)
     prepare(

@@ -40,7 +40,9 @@ from data import atomic, command, fail, load_tokenizer, lock, seed_of, sha256_of
 from model import Classifier, load_classifier, load_pretrained, save_pretrained
 from train import (
     Machine,
+    die_with_torchrun,
     keep_freed_memory,
+    lost_process,
     lr_at,
     make_optimizer,
     out_of_memory,
@@ -499,18 +501,21 @@ def same_start(names, args):
     """Results of different encoders or texts do not belong in one folder: what differs is an
     error. Returns what to compare with: of all runs, and {task: the hashes of its files}."""
     start = dict(init=os.path.realpath(args.init), reinit=args.reinit, max_len=args.max_len)
-    start |= dict(dropout=args.dropout, from_mnli=args.from_mnli)
+    start |= dict(dropout=args.dropout, from_mnli=args.from_mnli, regression=args.regression)
     weights = [Path(args.init) / f for f in ("pytorch_model.bin", "model.safetensors")]
     start["weights"] = sha256_of(next(filter(Path.is_file, weights)))
     texts = {name: [sha256_of(f) for f in files_of(name, args)] for name in names}
     results, other = read_results(args.out), "choose another --out"
-    for name, old in results.get("start", start).items():
-        if old != start[name] and name == "weights":
-            fail(f"--init {args.init}: its weights have changed since {args.out}'s runs; {other}")
-        if old != start[name]:
-            fail(f"--{name} {start[name]}: {args.out} has results of {old}; {other}")
+    for name, new in start.items():
+        old = results.get("start", start).get(name)
+        if old != new and name == "weights":
+            fail(
+                f"--init {args.init}: its weights are not those of the runs in {args.out}; {other}"
+            )
+        if old != new:
+            fail(f"--{name} {new}: {args.out} has results of {old}; {other}")
     for r in results["runs"]:
-        if r["task"] in texts and r["texts"] != texts[r["task"]]:
+        if r["task"] in texts and r.get("texts") != texts[r["task"]]:
             fail(f"{args.out}: its runs of {r['task']} were made on other texts; {other}")
     return start, texts
 
@@ -595,8 +600,9 @@ def submit(names, args, tokenizer, vocab, machine):
             files.append(("diagnostic/diagnostic.tsv", "AX.tsv", (1, 2)))
         for path, answers, columns in files:
             path, model = Path(args.glue) / path, Path(args.out) / name / "hf"
-            if not path.is_file():
-                print(f"{path}: missing, so no {answers}")
+            needed = [p for p in (path, model / "config.json") if not p.is_file()]
+            if needed:
+                print(f"{needed[0]}: missing, so no {answers}")
                 continue
             what = (path, columns, task.labels, folder / answers)
             predict_file(model, *what, tokenizer, vocab, machine, args)
@@ -692,6 +698,7 @@ def parse(argv=None):
 
 def machine_for(args):
     """Each process has its own runs, so it is alone on its device."""
+    die_with_torchrun()
     keep_freed_memory()
     device, world = pick_device(args.device), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
@@ -714,9 +721,12 @@ def main(argv=None):
         with lock(args.out) if machine.rank == 0 else nullcontext():
             (own_task if args.train else glue_tasks)(args, tokenizer, vocab, machine)
     except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e):
+        if out_of_memory(e):
+            advice = "a lower --batch_size or --max_len takes less"
+            fail(f"out of memory on {machine.device}; {advice}", everywhere=True)
+        if not lost_process(e):
             raise
-        fail(f"out of memory on {machine.device}; a lower --batch_size or --max_len takes less")
+        fail("another process ended; the same command keeps the finished runs of results.json")
     finally:
         if machine.world > 1:
             dist.destroy_process_group()

@@ -936,20 +936,25 @@ def test_init_starts_from_a_published_encoder(corpus, tmp_path):
 
 
 def test_init_of_a_run_stays_what_it_was(corpus, encoder_folder, tmp_path, capsys):
-    """Left out, it is the one before; a first or another one is refused."""
+    """Left out, or given to a run that had none, it is refused; and the shape is its."""
     argv = arguments(corpus, tmp_path / "plain")
     train.main(argv)
     with pytest.raises(SystemExit):
         train.main([*argv, "--max_steps", "6", "--init", str(tmp_path / "plain/hf")])
     assert f"--init {tmp_path / 'plain/hf'}" in capsys.readouterr().err
-    started = arguments(corpus, tmp_path / "started", init=tmp_path / "plain/hf")
+    started = arguments(corpus, tmp_path / "started", seq_len=12)
     for name in ("n_layer", "n_embd", "head_size"):
         at = started.index(f"--{name}")
         del started[at : at + 2]
-    train.main(started)
-    train.main([*arguments(corpus, tmp_path / "started"), "--max_steps", "6"])
-    config = json.loads((tmp_path / "started/config.json").read_text())
-    assert config["init"] == str(tmp_path / "plain/hf") and config["max_steps"] == 6
+    init = ["--init", str(tmp_path / "plain/hf")]
+    train.main([*started, *init])
+    with pytest.raises(SystemExit):
+        train.main([*started, "--max_steps", "6"])
+    assert "--init missing" in capsys.readouterr().err
+    train.main([*started, *init, "--max_steps", "6"])
+    assert torch.load(tmp_path / "started/ckpt.pt")["step"] == 6
+    shutil.rmtree(tmp_path / "plain")
+    train.main(["--out", str(tmp_path / "started"), "--eval_only", "--device", "cpu"])
 
 
 def first_gradients(argv, path):
@@ -1094,11 +1099,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(corpus, tmp_path):
 def test_out_of_memory_names_the_flag_that_helps(corpus, tmp_path):
     """In a process of its own with a gigabyte: too little for all rows at once, enough in parts."""
     resource = pytest.importorskip("resource")
+    if sys.platform != "linux":
+        pytest.skip("no such limit")
     argv = arguments(corpus, tmp_path, batch_size=64_000, max_steps=1)
     done = [
         subprocess.run(
             [sys.executable, Path(train.__file__), *argv, "--micro_batch_size", rows],
-            capture_output=True, text=True,
+            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"},
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (10**9, 10**9)),
         )
         for rows in ("64000", "1000")
@@ -1120,6 +1127,20 @@ def test_kill_9_while_a_checkpoint_is_written(corpus, tmp_path):
     process.wait()
     train.main(cut)
     assert same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_ctrl_c_saves_when_it_also_kills_the_reader(corpus, tmp_path):
+    """As `python train.py 2>&1 | tee log` has it."""
+    argv = arguments(corpus, tmp_path, max_steps=100_000, save_every=100_000, eval_every=100_000)
+    process = subprocess.Popen(
+        [sys.executable, Path(train.__file__), *argv], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    while "step" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130 and torch.load(tmp_path / "ckpt.pt")["step"] >= 1
 
 
 def test_a_silent_process_ends_the_others(corpus, tmp_path):

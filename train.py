@@ -28,7 +28,7 @@ import sys
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -71,9 +71,7 @@ class Config:
     init: str = option("", "Hugging Face RoBERTa folder whose encoder to start from")
     # model
     decoder: str = option("self", "3ML's decoder: self, cross; none: vanilla MLM")
-    norm: str = option(
-        "", "LayerNorm: post, pre (default: Table 4's, pre for large and cross; tiny: pre)"
-    )
+    norm: str = option("", "LayerNorm: post, pre (default: pre for tiny, large and cross; Table 4)")
     n_layer: int = option(12, "layers of the encoder")
     n_embd: int = option(768, "width of the encoder")
     head_size: int = option(64, "of every attention head")
@@ -166,7 +164,7 @@ def parse(argv=None):
     if eval_only:
         fields_of_run = read_config(args.get("out", fields_of_run["out"]))
     config = Config(**{**fields_of_run, **args})
-    if config.init:
+    if config.init and not eval_only:
         config = shape_of_init(config, args)
     config.norm = config.norm or ("pre" if config.decoder == "cross" else "post")
     config.n_positions = config.n_positions or config.seq_len
@@ -183,7 +181,7 @@ def read_config(out):
         saved = {f.name: saved[f.name] for f in fields(Config)}
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"--eval_only: {path} is missing or damaged; name the folder of a run with --out")
-    return saved | {"strategy": tuple(saved["strategy"]), "init": "", "out": str(out)}
+    return saved | {"strategy": tuple(saved["strategy"]), "out": str(out)}
 
 
 def shape_of_init(config, given):
@@ -281,8 +279,11 @@ class Machine:
 
     def say(self, text):
         if self.rank == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # the reader (tee, head) is gone, the run is not
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def pick_device(name="auto"):
@@ -330,7 +331,13 @@ def die_with_torchrun():
 
 def out_of_memory(error):
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    texts = ("can't allocate memory", "out of memory")  # the CPU's, CUDA's own and MPS's
+    return isinstance(error, kinds) or any(text in str(error) for text in texts)
+
+
+def lost_process(error):
+    """Did another process of the group die, or stay silent too long?"""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 @contextmanager
@@ -352,10 +359,9 @@ def start(config):
         if out_of_memory(e):
             rows = min(config.micro_batch_size, config.batch_size // world)
             advice = f"--micro_batch_size below {rows} takes less, and the same run goes on with it"
-            fail(
-                f"out of memory on {device}: " + (advice if rows > 1 else "the model is too large")
-            )
-        if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            advice = advice if rows > 1 else "the model is too large"
+            fail(f"out of memory on {device}: {advice}", everywhere=True)
+        if not lost_process(e):
             raise
         reason = str(e).splitlines()[0]
         fail(
@@ -549,12 +555,12 @@ def same_run(config, saved):
         old, new = saved.get(f.name), getattr(config, f.name)
         old = tuple(old) if f.type is tuple else old
         free = f.name in ("out", "data") or f.metadata.get("may_change")
-        if f.name == "init":  # left out, it is what it was
-            free = not new or os.path.realpath(new) == os.path.realpath(old or "")
+        if f.name == "init":
+            free = bool(new and old) and os.path.realpath(new) == os.path.realpath(old)
         if old != new and not free:
             fail(
-                f"--{f.name} {new}: the run in {config.out} has {old or 'none'}; go on with that, "
-                "or choose another --out"
+                f"--{f.name} {new or 'missing'}: the run in {config.out} has {old or 'none'}; go "
+                "on with that, or choose another --out"
             )
 
 
@@ -596,7 +602,7 @@ def interrupts():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         caught.append(number)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError):  # nobody may be reading
             os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
 
     old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -830,7 +836,7 @@ def prepare_run(config, machine):
             fail(f"{config.data}/{part}.bin: shorter than one row of --seq_len {config.seq_len}")
     torch.manual_seed(seed_of(config.seed, 4))
     model = MaskedLM(model_config(config, data.vocab.size))
-    if config.init:
+    if config.init and not list(Path(config.out).glob("ckpt*.pt")):
         shape, encoder = load_pretrained(config.init)
         if shape.vocab_size != data.vocab.size:
             fail(
@@ -847,7 +853,6 @@ def resume(config, machine, data, model):
     state = load_checkpoint(out / "ckpt.pt")
     if state is not None:
         same_run(config, state["config"])
-        config.init = state["config"]["init"]
         if state["data"] != data.meta["sha256"]:
             fail(f"--data {config.data}: not the data that the run in {out} was trained on")
         if state["config"]["max_steps"] != config.max_steps:
