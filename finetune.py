@@ -532,11 +532,13 @@ def run_tasks(names, args, load, tokenizer, vocab, machine):
     if machine.world > 1:
         dist.barrier()  # everybody has read what there is before anybody adds to it
     parent, made = Path(args.out) / "MNLI" / "hf", {}
-    for settings in runs[machine.rank :: machine.world]:
+    for i in range(machine.rank, len(runs), machine.world):
+        settings = dict(runs[i])
         name = settings.pop("task")
         if name not in made:
             made = {name: Examples(*load(name), tokenizer, vocab, args.max_len)}
-            describe(name, made[name], args.max_len)
+            if all(r["task"] != name for r in runs[:i]):  # once, by whoever has the first run
+                describe(name, made[name], args.max_len)
         from_mnli = name in FROM_MNLI and args.from_mnli == "yes" and parent.is_dir()
         from_mnli = from_mnli and not args.train
         init, reinit = (parent, False) if from_mnli else (Path(args.init), args.reinit)
