@@ -399,7 +399,7 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val=0.01,
     least."""
     out = Path(out)
     asked = dict(doc=doc, tokenizer=tokenizer and sha256_of(tokenizer), vocab_size=vocab_size)
-    reading = tqdm(files, "hashing texts", unit="file", disable=None if len(files) > 1 else True)
+    reading = tqdm(files, "hashing texts", unit="file", disable=None)
     asked |= dict(val=val, seed=seed, files=[[Path(f).name, sha256_of(f)] for f in reading])
     with lock(out), tempfile.TemporaryFile(dir=out) as f:
         if (out / "meta.json").exists():

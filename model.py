@@ -274,7 +274,7 @@ class CrossDecoder(nn.Module):
 class CrossEntropy(torch.autograd.Function):
     """F.cross_entropy(logits.float(), labels, reduction="none") of logits (T, V) and labels (T,),
     without (T, V) numbers in fp32: a few rows at a time, as many as a cache takes, and the gradient
-    along with the loss. Half as many rows again fit into memory, and exp is taken once."""
+    along with the loss, so that exp is taken once."""
 
     @staticmethod
     def split(logits, *others):

@@ -953,6 +953,13 @@ def test_init_of_a_run_stays_what_it_was(corpus, encoder_folder, tmp_path, capsy
     assert "--init missing" in capsys.readouterr().err
     train.main([*started, *init, "--max_steps", "6"])
     assert torch.load(tmp_path / "started/ckpt.pt")["step"] == 6
+    again = [*started, *init, "--out", str(tmp_path / "again"), "--max_steps", "6"]
+    (tmp_path / "again").mkdir()  # killed when its first checkpoint was almost in place
+    shutil.copy(tmp_path / "plain/ckpt.pt", tmp_path / "again/ckpt.new.pt")
+    train.main(again)
+    fresh = [*started, *init, "--out", str(tmp_path / "fresh"), "--max_steps", "6"]
+    train.main(fresh)
+    assert same_end(tmp_path / "again", tmp_path / "fresh")
     shutil.rmtree(tmp_path / "plain")
     train.main(["--out", str(tmp_path / "started"), "--eval_only", "--device", "cpu"])
 
@@ -1705,7 +1712,10 @@ def test_bad_input_is_one_line_and_status_2(command, text, names, rubbish, capsy
     assert not Path("executed").exists()
 
 
-@pytest.mark.parametrize("command, text, names", [BAD[0], BAD[27], BAD[52]])
+@pytest.mark.parametrize(
+    "command, text, names",
+    [next(case for case in BAD if case[0] == command) for command in ("data", "train", "finetune")],
+)
 def test_bad_input_to_the_real_commands(command, text, names, rubbish):
     script = Path(__file__).with_name(f"{command}.py")
     done = subprocess.run(

@@ -229,12 +229,14 @@ def check(config):
             fail(f"--{name} {getattr(c, name)}: choose from {', '.join(choices)}")
     try:
         model_config(c, vocab_size=8)
-        if c.decoder != "none" and counts(c.seq_len, c.mask_rate, c.strategy)[1] < 1:
+        _, n_m, _ = counts(c.seq_len, c.mask_rate, c.strategy)
+        if c.decoder != "none" and n_m < 1:
             fail(f"--strategy {c.strategy}: leaves no [MASK] to decode; use --decoder none")
-        counts(c.seq_len, c.mask_rate, c.strategy)
     except ValueError as e:
         fail(f"--{e}")
-    if round(COMMON_RATE * (c.seq_len - 2)) < 1:
+    try:
+        counts(c.seq_len, COMMON_RATE, c.strategy)
+    except ValueError:
         fail(f"--seq_len {c.seq_len}: too short for the validation at {COMMON_RATE:.0%}")
 
 
@@ -528,12 +530,15 @@ def save_checkpoint(path, state):
     os.replace(path.with_name("ckpt.new.pt"), path)
 
 
-def load_checkpoint(path):
+def checkpoints(out):
+    """The files to go on from, the newer first; ckpt.new.pt, not yet in place, is none."""
+    return [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt") if path.exists()]
+
+
+def load_checkpoint(out):
     """The state in ckpt.pt, or in ckpt.prev.pt if that is damaged; None if there is neither."""
     problems = []
-    for candidate in (path, path.with_name("ckpt.prev.pt")):
-        if not candidate.exists():
-            continue
+    for candidate in checkpoints(out):
         try:
             damaged = zipfile.ZipFile(candidate).testzip()  # torch.load checks no checksums
             if damaged is None:
@@ -602,8 +607,9 @@ def interrupts():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         caught.append(number)
-        with suppress(OSError):  # nobody may be reading
-            os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            with suppress(OSError):  # nobody may be reading
+                os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
 
     old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -836,7 +842,7 @@ def prepare_run(config, machine):
             fail(f"{config.data}/{part}.bin: shorter than one row of --seq_len {config.seq_len}")
     torch.manual_seed(seed_of(config.seed, 4))
     model = MaskedLM(model_config(config, data.vocab.size))
-    if config.init and not list(Path(config.out).glob("ckpt*.pt")):
+    if config.init and not checkpoints(Path(config.out)):
         shape, encoder = load_pretrained(config.init)
         if shape.vocab_size != data.vocab.size:
             fail(
@@ -850,7 +856,7 @@ def prepare_run(config, machine):
 def resume(config, machine, data, model):
     """(state, log) to go on with: the checkpoint's, or (None, new log)."""
     out = Path(config.out)
-    state = load_checkpoint(out / "ckpt.pt")
+    state = load_checkpoint(out)
     if state is not None:
         same_run(config, state["config"])
         if state["data"] != data.meta["sha256"]:
@@ -876,7 +882,7 @@ def main(argv=None):
     with start(config) as machine, lock(config.out) if machine.rank == 0 else nullcontext():
         data, model = prepare_run(config, machine)
         out = Path(config.out)
-        if eval_only and not list(out.glob("ckpt*.pt")):
+        if eval_only and not checkpoints(out):
             fail(f"--eval_only: no checkpoint in {out}")
         state, log = resume(config, machine, data, model)
         if machine.rank == 0 and not eval_only:

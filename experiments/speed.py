@@ -422,7 +422,7 @@ def products(args):
 
 
 def alone(rounds=1, warmup=1, **settings):
-    """The last steps of a contender in a process of its own; None for one that did not fit."""
+    """The last steps of a contender in a process of its own; None for a step that did not fit."""
     process = Process(**settings)
     answers = []
     for _ in range(warmup + rounds):
