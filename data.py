@@ -1,152 +1,108 @@
-"""From text to batches: UTF-8 files -> byte-level BPE -> memory-mapped tokens -> corrupted rows.
+"""From text to batches: UTF-8 files -> byte-level BPE -> memory-mapped tokens -> rows -> corrupted rows.
 
-    python data.py                             the installed Python's docstrings -> data/python-docs
-    python data.py --input 'corpus/*.txt' --out data/mine    your text; blank lines part documents
+    python data.py                             the docstrings of the installed Python -> data/python-docs
+    python data.py --input 'corpus/*.txt' --out data/mine    your text; blank lines separate documents
     python data.py --input wiki.txt --doc line --tokenizer roberta/tokenizer.json --out data/wiki
-    python data.py --verify data/mine           read it all again and compare with its hashes
+    python data.py --verify data/mine          compare a prepared folder with the checksums in its meta.json
 
-Preparing leaves train.bin, val.bin (token ids, documents one after another, each closed by </s>),
-tokenizer.json and meta.json; meta.json is written last, so a folder that has one is complete.
-Memory does not grow with the text. It does not clean, deduplicate or detokenise: what stands in
-the files is what the model reads, but CRLF becomes LF and space at a document's end goes.
+Preparing writes train.bin and val.bin (token ids, one document after another, each followed by </s>),
+tokenizer.json and meta.json. meta.json is written last, so a folder that has one is complete. Memory use does
+not grow with the text. This file does not clean, deduplicate or detokenize text: the model reads what is in
+the files, except that CRLF becomes LF and white space at the end of a document is removed.
 
 Shapes: B rows of a batch | n tokens of a row, <s> and </s> included | n_en kept + n_m masked = n
-        k tokens to predict, k = n_m [MASK]s + n_replaced random ones + the rest, unchanged
+        k tokens to predict: n_m [MASK]s, n_replaced random words, and the rest, which stay unchanged
 """
 
 import argparse
 import ast
-import codecs
+import functools
 import glob
 import hashlib
 import inspect
 import json
 import os
-import shutil
+import re
 import sys
 import sysconfig
-import tempfile
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from itertools import chain
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 DEFAULT_DATA = "data/python-docs"
-PIECE = 1 << 20  # bytes of one document that are encoded at once
-CHUNK = 1 << 22  # bytes of documents that go through the tokenizer together
-BPE_SAMPLE = 200 << 20  # bytes of text, documents at random, that a new BPE is trained on
+PIECE = 1 << 16  # characters of a document that are tokenized at once
+BPE_SAMPLE = 200 << 20  # bytes of text that a new BPE is trained on
 
 
-def fail(message, everywhere=False):
-    """One line on stderr (under torchrun, of a node's first process alone, unless what is wrong is
-    this process's own), exit status 2."""
-    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+# Corruption: a row -> a corrupted row
 
 
-@contextmanager
-def atomic(path, mode="wb"):
-    """Open `path` for writing under a temporary name; it gets its own when all is on disk, or
-    never."""
-    path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException as e:
-        with suppress(OSError):
-            tmp.unlink(missing_ok=True)
-        if not isinstance(e, OSError):
-            raise
-        reason = e.strerror or str(e)
-        fail(f"{path}: cannot be written ({reason}); free some space or choose another folder")
+class Corrupted(NamedTuple):
+    """A batch as the models take it. All but n_replaced are int64 tensors; n_en + n_m = n."""
+
+    inputs: torch.Tensor  # (B, n) tokens, with [MASK]s and random words in place
+    kept: torch.Tensor  # (B, n_en) positions that are not [MASK], ascending
+    masked: torch.Tensor  # (B, n_m) positions that are [MASK], ascending
+    predict: torch.Tensor  # (B, k) positions to predict: masked, replaced, unchanged, each ascending
+    labels: torch.Tensor  # (B, k) the original tokens there
+    n_replaced: int  # with n_m it cuts predict into its three kinds
+
+    def rows(self, *which):
+        """The same for some rows: (start, stop) or (start, stop, step)."""
+        return Corrupted(*(x[slice(*which)] for x in self[:-1]), self.n_replaced)
+
+    def to(self, device):
+        return Corrupted(*(x.to(device, non_blocking=True) for x in self[:-1]), self.n_replaced)
 
 
-@contextmanager
-def lock(directory, wait=False, name=".lock"):
-    """One process at a time in a folder, by a lock that dies with its process, so that none is ever
-    stale. Where the platform has no flock (Windows), nothing is locked."""
-    new = not Path(directory).exists()
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        file = open(Path(directory) / name, "w")
-    except OSError as e:
-        fail(f"{directory}: cannot be written ({e.strerror}); choose another folder")
-    with file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except ImportError:
-            pass
-        except OSError:
-            fail(f"{directory}: another process writes there; wait for it, or take another folder")
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                if new and os.listdir(directory) == [name]:  # refused: leave nothing behind
-                    shutil.rmtree(directory)
+def counts(n, rate, strategy=(0.8, 0.1, 0.1)):
+    """(k, n_m, n_replaced) of a row of n tokens. They are the same for every row, so that every batch has the
+    same shape and nothing needs padding. strategy: the shares of [MASK], random and unchanged tokens among
+    the k (section 3.3, Table 2c). Raises UserError, a ValueError."""
+    if len(strategy) != 3 or not min(strategy) >= 0 or abs(sum(strategy) - 1) > 1e-6:
+        raise UserError(f"strategy is {strategy}, must be three shares that sum to 1")
+    k = round(rate * (n - 2))
+    if not 1 <= k <= n - 2:
+        raise UserError(f"mask_rate is {rate}: {k} of {n - 2} tokens would be predicted")
+    n_m = round(strategy[0] * k)
+    return k, n_m, round((strategy[0] + strategy[1]) * k) - n_m
 
 
-def command(main, interrupted):
-    """Run a script's main. Ctrl-C and a reader that goes away (| head) end it without a
-    traceback."""
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
-        sys.exit(141)
+def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab, generator=None):
+    """Choose k tokens of every row to predict: n_m become [MASK], n_replaced a random word, the rest stay as
+    they are.
 
-
-def seed_of(*parts):
-    """A 63-bit seed from a few whole numbers, as (seed, step, micro-batch)."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def shuffled(i, n, key):
-    """Elements i (an array) of a pseudo-random permutation of range(n), without ever holding the
-    permutation: n may be billions. A Feistel network permutes the next power of four; what falls
-    outside range(n) goes through it again until it falls inside."""
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
-    keys = np.random.SeedSequence(key).generate_state(6, np.uint64)
-
-    def network(x):
-        left, right = x >> half, x & low
-        for key in keys:
-            z = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps, as a hash should
-            z = (z ^ (z >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-            left, right = right, left ^ (z >> np.uint64(32)) & low
-        return left << half | right
-
-    x = network(np.asarray(i, dtype=np.uint64))
-    while (outside := x >= n).any():
-        x[outside] = network(x[outside])
-    return x.astype(np.int64)
-
-
-# Vocabulary and tokenizer
+    tokens (B, n) int64 -> Corrupted, on the device of tokens. Special tokens are never chosen and never
+    drawn. Raises ValueError where a row has fewer than k ordinary tokens (on a CPU; elsewhere the check would
+    stall the device, and Data.batch has made sure of it)."""
+    k, n_m, n_replaced = counts(tokens.size(1), rate, strategy)
+    special = is_special(tokens, vocab)
+    if tokens.device.type == "cpu" and int((~special).sum(1).min()) < k:
+        raise ValueError(f"a row has fewer than {k} ordinary tokens to predict; lower mask_rate")
+    noise = torch.rand(tokens.shape, device=tokens.device, generator=generator)
+    order = noise.masked_fill_(special, 2.0).argsort(dim=1)  # (B, n), ordinary tokens first, in random order
+    masked, kept = order[:, :n_m].sort().values, order[:, n_m:].sort().values
+    replaced = order[:, n_m : n_m + n_replaced].sort().values
+    unchanged = order[:, n_m + n_replaced : k].sort().values
+    specials = special_ids(vocab)
+    n_words = vocab.size - len(specials)
+    words = torch.randint(n_words, replaced.shape, device=tokens.device, generator=generator)
+    for i in specials:  # ascending: skip each special id
+        words += words >= i
+    inputs = tokens.scatter(1, masked, vocab.mask).scatter_(1, replaced, words)
+    predict = torch.cat([masked, replaced, unchanged], dim=1)
+    return Corrupted(inputs, kept, masked, predict, tokens.gather(1, predict), n_replaced)
 
 
 @dataclass
 class Vocab:
-    """Size and special ids; RoBERTa's order for the first four."""
+    """Size of the vocabulary and ids of its special tokens; the first four are RoBERTa's."""
 
     size: int
     bos: int = 0  # <s>
@@ -156,563 +112,371 @@ class Vocab:
     mask: int = 50264  # <mask>
 
 
-SPECIALS = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
-
-
 def special_ids(vocab):
     return sorted({vocab.bos, vocab.pad, vocab.eos, vocab.unk, vocab.mask})
 
 
 def is_special(tokens, vocab):
-    """Where a tensor or array of ids holds <s>, <pad>, </s>, <unk> or <mask>."""
-    first, *others = special_ids(vocab)
-    found = tokens == first
-    for i in others:
-        found = found | (tokens == i)
-    return found
+    """Where a tensor or array of ids holds a special token."""
+    return functools.reduce(lambda found, i: found | (tokens == i), special_ids(vocab), tokens < 0)
 
 
-def load_tokenizer(path):
-    """(tokenizers.Tokenizer, Vocab) of a tokenizer.json that has RoBERTa's specials; "<s>" in a
-    text is text."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        fail("turning text into tokens needs the package tokenizers: pip install tokenizers")
-    if not Path(path).is_file():
-        fail(f"{path}: no such file; a tokenizer.json is needed")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:
-        fail(f"{path}: not a tokenizer.json ({e})")
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True
-    ids = {name: tokenizer.token_to_id(token) for name, token in SPECIALS.items()}
-    if [ids["bos"], ids["pad"], ids["eos"], ids["unk"]] != [0, 1, 2, 3] or ids["mask"] is None:
-        fail(
-            f"{path}: needs RoBERTa's specials, <s> <pad> </s> <unk> as ids 0-3 and a <mask>; has "
-            f"{ids}"
-        )
-    return tokenizer, Vocab(tokenizer.get_vocab_size(), **ids)
-
-
-def train_bpe(texts, vocab_size, path):
-    """A byte-level BPE with RoBERTa's specials (ids 0-3, <mask> last), written to `path`."""
-    try:
-        from tokenizers import (
-            AddedToken,
-            Tokenizer,
-            decoders,
-            models,
-            pre_tokenizers,
-            processors,
-            trainers,
-        )
-    except ImportError:
-        fail("training a BPE needs the package tokenizers: pip install tokenizers")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,  # and <mask>
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=sys.stderr.isatty(),
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
-    tokenizer.post_processor = processors.RobertaProcessing(
-        ("</s>", 2), ("<s>", 0), add_prefix_space=False
-    )
-    with atomic(path, "w") as f:
-        f.write(tokenizer.to_str(pretty=True))
-
-
-# The default corpus: text that every installation carries
-
-
-def long_strings(path):
-    """The docstrings and other string constants of 40 words and more in a .py file."""
-    try:
-        nodes = ast.walk(ast.parse(Path(path).read_bytes()))
-        texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    except (SyntaxError, ValueError, OSError, RecursionError):
-        return []
-    texts = [t.encode("utf-8", "ignore").decode() for t in texts if len(t.split()) >= 40]
-    return ["\n".join(filter(str.strip, inspect.cleandoc(t).splitlines())) for t in texts]
-
-
-def write_python_docs(path):
-    """The documentation inside the Python standard library, numpy and torch as a text file, a
-    string a document: about 11 MB of English prose, the same for the same versions of the
-    three."""
-    roots = [sysconfig.get_paths()["stdlib"], *np.__path__, *torch.__path__]
-    skip = ("site-packages", "dist-packages")
-    files = [
-        f
-        for root in map(Path, roots)
-        for f in sorted(root.rglob("*.py"))
-        if not any(part in skip for part in f.relative_to(root).parts)
-    ]
-    seen = {}
-    with ProcessPoolExecutor() as pool:
-        found = pool.map(long_strings, files, chunksize=32)
-        for texts in tqdm(found, "reading docstrings", len(files), unit="file", disable=None):
-            seen.update(dict.fromkeys(texts))
-    with atomic(path, "w") as f:
-        f.write("\n\n".join(seen) + "\n")
-
-
-# Text files -> documents
-
-
-def index_documents(files, doc, out):
-    """Write (file, first byte, last byte + 1) of every document to the binary file `out` and
-    return how many there are. Reads each text once, a line at a time, and checks on the way that
-    it is UTF-8."""
-    count, total = 0, sum(os.path.getsize(f) for f in files)
-    with tqdm(
-        total=total, desc="finding documents", unit="B", unit_scale=True, disable=None
-    ) as bar:
-        for i, path in enumerate(files):
-            spans, start, line_number = [], None, 1
-            decoder = codecs.getincrementaldecoder("utf-8")()
-            ended = True  # a line longer than PIECE comes in several reads
-            with open_file(path) as f:
-                if f.read(3) != codecs.BOM_UTF8:
-                    f.seek(0)
-                at = f.tell()
-                while line := f.readline(PIECE):
-                    try:
-                        decoder.decode(line)
-                    except UnicodeDecodeError:
-                        fail(
-                            f"{path}: line {line_number} is not UTF-8; convert the file, as with "
-                            "iconv"
-                        )
-                    if b"\0" in line:
-                        fail(f"{path}: line {line_number} holds a zero byte; text files only")
-                    blank, ended = ended and not line.strip(), line.endswith(b"\n")
-                    if start is None and not blank:
-                        start = at
-                    at += len(line)
-                    if start is not None and (blank if doc == "blank" else ended and doc == "line"):
-                        spans.append((i, start, at - len(line) if blank else at))
-                        start = None
-                    line_number += ended
-                    bar.update(len(line))
-                    if len(spans) == 4096:
-                        count += len(spans)
-                        np.array(spans, np.int64).tofile(out)
-                        spans = []
-            if decoder.getstate()[0]:
-                fail(f"{path}: line {line_number} ends within a character; the file is cut off")
-            if start is not None:
-                spans.append((i, start, at))
-            count += len(spans)
-            np.array(spans, np.int64).tofile(out)
-    out.flush()
-    return count
-
-
-def open_file(path):
-    try:
-        return open(path, "rb")
-    except OSError as e:
-        fail(f"{path}: cannot be read ({e.strerror})")
-
-
-def document_pieces(file, start, end):
-    """Yields (text, is it the last) for a document's bytes start to end, in pieces of about a
-    megabyte that end with a line where there is one."""
-    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
-    file.seek(start)
-    while start < end and (block := file.read(min(PIECE, end - start))):
-        start += len(block)
-        text, last = held + decoder.decode(block, start >= end), start >= end
-        cut = len(text) if last else text.rfind("\n") + 1 or len(text) - text.endswith("\r")
-        text, held = text[:cut].replace("\r\n", "\n"), text[cut:]
-        yield (text.rstrip(), True) if last else (text, False)
-
-
-def read_documents(files, index, order, seed):
-    """Yields (text, does the document end with it) for the documents at range `order` of a
-    shuffle by seed, in lists of about CHUNK bytes."""
-    handles, pieces, size = {}, [], 0
-    for i in range(order.start, order.stop, 4096):
-        block = shuffled(np.arange(i, min(i + 4096, order.stop)), len(index), (seed, 0))
-        for file, start, end in index[block].tolist():
-            if file not in handles:
-                if len(handles) == 64:  # open files; a corpus may lie in thousands
-                    handles.pop(next(iter(handles))).close()
-                handles[file] = open_file(files[file])
-            for piece in document_pieces(handles[file], start, end):
-                pieces.append(piece)
-                size += len(piece[0])
-                if size >= CHUNK:
-                    yield pieces
-                    pieces, size = [], 0
-    yield pieces
-
-
-# Documents -> train.bin, val.bin
-
-
-def encoded(documents, tokenizer):
-    """Yields read_documents' lists with their encodings, the next being made while these are
-    used."""
-
-    def encode(pieces):
-        texts = [text for text, _ in pieces]
-        return zip(tokenizer.encode_batch_fast(texts, add_special_tokens=False), pieces)
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = None
-        for pieces in chain(documents, [None]):
-            done, ahead = ahead, pieces and pool.submit(encode, pieces)
-            if done:
-                yield done.result()
-
-
-def tokenize(documents, tokenizer, vocab, dtype, path, total):
-    """Write read_documents' documents to `path`, </s> behind each; returns (tokens, SHA-256 of
-    the file)."""
-    count, digest = 0, hashlib.sha256()
-    bar = tqdm(total=total, desc=f"writing {path.name}", unit=" documents", disable=None)
-    with atomic(path) as f, bar:
-        for pieces in encoded(documents, tokenizer):
-            for encoding, (_, last) in pieces:
-                ids = np.array(encoding.ids + [vocab.eos] * last, dtype)
-                f.write(ids)
-                digest.update(ids)
-                count += len(ids)
-                bar.update(last)
-    return count, digest.hexdigest()
-
-
-def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val=0.01, seed=0):
-    """Tokenise text files into the folder `out`; the head of this file says what it leaves there.
-
-    files: paths; doc: what a document is, "blank", "line" or "file"; tokenizer: a tokenizer.json,
-    None: train one of vocab_size; val: the share of documents kept for validation, one at
-    least."""
-    out = Path(out)
-    asked = dict(doc=doc, tokenizer=tokenizer and sha256_of(tokenizer), vocab_size=vocab_size)
-    reading = tqdm(files, "hashing texts", unit="file", disable=None)
-    asked |= dict(val=val, seed=seed, files=[[Path(f).name, sha256_of(f)] for f in reading])
-    with lock(out), tempfile.TemporaryFile(dir=out) as f:
-        if (out / "meta.json").exists():
-            if read_meta(out)["asked"] != asked:
-                fail(f"{out}: holds data of other files or options; choose another --out")
-            print(f"{out}: already prepared from these files")
-            return
-        n_docs = index_documents(files, doc, f)
-        if n_docs < 2:
-            fail(f"{files[0]}: {n_docs} document(s), 2 are needed, one to validate on; see --doc")
-        index = np.memmap(f, np.int64, "r", shape=(n_docs, 3))
-        n_val = min(max(1, round(val * n_docs)), n_docs - 1)
-        if tokenizer:
-            with atomic(out / "tokenizer.json") as g:
-                g.write(Path(tokenizer).read_bytes())
-        else:
-            print(f"training a byte-level BPE of {vocab_size} tokens", flush=True)
-            texts = bpe_sample(files, index, range(n_val, n_docs), seed)
-            train_bpe(texts, vocab_size, out / "tokenizer.json")
-        tokenizer, vocab = load_tokenizer(out / "tokenizer.json")
-        dtype = np.dtype(np.uint16 if vocab.size <= 1 << 16 else np.uint32)
-        meta = dict(vocab=asdict(vocab), dtype=dtype.name, tokens={}, documents={}, sha256={})
-        meta["sha256"]["tokenizer.json"] = sha256_of(out / "tokenizer.json")
-        for part, order in ("val", range(n_val)), ("train", range(n_val, n_docs)):
-            documents, path = read_documents(files, index, order, seed), out / f"{part}.bin"
-            meta["documents"][part] = len(order)
-            meta["tokens"][part], meta["sha256"][path.name] = tokenize(
-                documents, tokenizer, vocab, dtype, path, len(order)
-            )
-        meta["asked"] = asked
-        with atomic(out / "meta.json", "w") as g:
-            json.dump(meta | {"check": check_of(meta)}, g, indent=1)
-    tokens, documents = meta["tokens"], meta["documents"]
-    print(
-        f"{out}: {tokens['train']:,} tokens of {documents['train']:,} documents to train on, "
-        f"{tokens['val']:,} of {documents['val']:,} to validate, vocabulary {vocab.size:,} "
-        f"({dtype})"
-    )
-
-
-def bpe_sample(files, index, order, seed):
-    """Texts for training a BPE: training documents, up to BPE_SAMPLE bytes."""
-    seen = 0
-    for pieces in read_documents(files, index, order, seed):
-        yield [text for text, _ in pieces]
-        seen += CHUNK
-        if seen >= BPE_SAMPLE:
-            return
-
-
-def prepare_default(out=DEFAULT_DATA, vocab_size=2048):
-    """The default corpus, from nothing but the installed packages."""
-    text = Path(out) / "corpus.txt"
-    if not text.exists():
-        with lock(out):
-            write_python_docs(text)
-    prepare([text], out, vocab_size=vocab_size)
-
-
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open_file(path) as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_of(meta):
-    """Of all that meta.json says, so that no digit in it can change unseen."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-# Prepared data -> batches
-
-
-def read_meta(directory):
-    path = Path(directory) / "meta.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta.pop("check") != check_of(meta):
-            raise ValueError("not what was written")
-        return meta
-    except FileNotFoundError:
-        fail(
-            f"{path}: no such file; prepare data first: python data.py --input FILES --out "
-            f"{directory}"
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        fail(f"{path}: damaged ({e!r}); delete {directory} and prepare the data again")
+# Rows: prepared data -> batches
 
 
 class Data:
-    """A prepared folder: .vocab, .meta, .tokenizer (the file) and rows of its token files.
+    """A prepared folder: .meta, .vocab, .tokenizer (path of the file), .tokens, and rows of these.
 
-    A row is n - 2 consecutive tokens between <s> and </s> (RoBERTa's FULL-SENTENCES): row i of
-    part "train" is tokens i (n - 2) … (i + 1)(n - 2) of train.bin; the tokens after the last full
-    row are not used."""
+    A row is n - 2 consecutive tokens between <s> and </s> (RoBERTa's FULL-SENTENCES): row i of the part
+    "train" is tokens i (n - 2) to (i + 1)(n - 2) of train.bin. The tokens behind the last full row are not
+    used."""
 
     def __init__(self, directory):
         self.directory = Path(directory)
         self.meta = read_meta(directory)
         self.vocab = Vocab(**self.meta["vocab"])
         self.tokenizer = self.directory / "tokenizer.json"
-        self.tokens = {part: self.open(part) for part in ("train", "val")}
-        if not self.tokenizer.is_file():
-            fail(f"{self.tokenizer}: no such file; delete {directory} and prepare the data again")
-        if sha256_of(self.tokenizer) != self.meta["sha256"]["tokenizer.json"]:
-            fail(f"{self.tokenizer}: not the one that the tokens of {directory} were made with")
-
-    def open(self, part):
-        path, dtype = self.directory / f"{part}.bin", np.dtype(self.meta["dtype"])
-        size = path.stat().st_size if path.is_file() else 0
-        if size != self.meta["tokens"][part] * dtype.itemsize or size == 0:
-            expected = f"{self.meta['tokens'][part]} {dtype} tokens of meta.json"
-            fail(f"{path}: {size} bytes, not the {expected}; prepare the data again")
-        return np.memmap(path, dtype, "r")
+        self.tokens = {}
+        for part, count in self.meta["tokens"].items():
+            path, dtype = self.directory / f"{part}.bin", np.dtype(self.meta["dtype"])
+            if path.stat().st_size != count * dtype.itemsize:
+                fail(f"{path}: {path.stat().st_size} bytes, not {count} {dtype} tokens; prepare it again")
+            self.tokens[part] = np.memmap(path, dtype, "r")
 
     def n_rows(self, part, n):
-        return len(self.tokens[part]) // (n - 2)
-
-    def left_over(self, n):
-        """Training tokens behind the last full row of n, never seen."""
-        return len(self.tokens["train"]) % (n - 2)
-
-    def rows(self, part, indices, n):
-        """Rows of n tokens at an array of indices: (B, n) int64."""
-        tokens, count = self.tokens[part], self.n_rows(part, n)
-        rows = np.empty((len(indices), n), np.int64)
-        rows[:, 0], rows[:, -1] = self.vocab.bos, self.vocab.eos
-        rows[:, 1:-1] = tokens[: count * (n - 2)].reshape(count, n - 2)[indices]
-        if rows.max() >= self.vocab.size:
-            where = self.directory / f"{part}.bin"
-            fail(
-                f"{where}: holds token {rows.max()}, the vocabulary has {self.vocab.size}: damaged"
-            )
-        return rows
+        return len(self.tokens[part]) // (n - 2) or fail(f"{self.directory}/{part}.bin: no row of {n} tokens")
 
     def batch(self, step, batch_size, n, k, seed):
-        """The rows of a step, (B, n) int64: a function of (seed, step) alone. Row g = step · B +
-        i of the run is row g mod N of epoch g div N, each epoch a permutation of all N rows.
+        """The rows of a step, (B, n) int64, a function of (seed, step) alone: row i of the step is row g mod
+        N of epoch g div N, where g = step · B + i and every epoch is a permutation of all N rows."""
+        count, first = self.n_rows("train", n), step * batch_size
+        indices = [permutation(count, seed, g // count)[g % count] for g in range(first, first + batch_size)]
+        return torch.from_numpy(self.rows("train", np.array(indices, np.int64), n, k))
 
-        A row of mostly separators has fewer than k tokens that may be predicted: the next row of
-        the file stands in for it."""
-        count = self.n_rows("train", n)
-        epoch, i = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), count)
-        for e in np.unique(epoch):
-            i[epoch == e] = shuffled(i[epoch == e], count, (seed, 1, int(e)))
-        return torch.from_numpy(self.full_rows("train", i, n, k))
-
-    def full_rows(self, part, indices, n, k):
-        """Rows with at least k tokens that are no specials, moving on to the next where one has
-        fewer."""
-        rows, count = self.rows(part, indices, n), self.n_rows(part, n)
+    def rows(self, part, indices, n, k):
+        """Rows of a part at an array of indices, (B, n) int64. In place of a row of mostly separators, which
+        has fewer than k ordinary tokens, comes the next one in the file that has enough."""
+        count = self.n_rows(part, n)
+        tokens = self.tokens[part][: count * (n - 2)].reshape(count, n - 2)
+        rows = np.empty((len(indices), n), np.int64)
+        rows[:, 0], rows[:, -1] = self.vocab.bos, self.vocab.eos
         for _ in range(count):
+            rows[:, 1:-1] = tokens[indices]
+            if rows.max() >= self.vocab.size:
+                fail(f"{self.directory}/{part}.bin: has token {rows.max()}; prepare it again")
             short = (~is_special(rows, self.vocab)).sum(1) < k
             if not short.any():
                 return rows
             indices = np.where(short, (indices + 1) % count, indices)
-            rows[short] = self.rows(part, indices[short], n)
-        path = self.directory / f"{part}.bin"
-        fail(
-            f"{path}: no row of {n} has {k} tokens to predict: lower mask_rate, or longer "
-            "documents (--doc)"
-        )
+        fail(f"{self.directory}/{part}.bin: no row of {n} tokens has {k} to predict; lower mask_rate")
 
 
-# A row -> a corrupted row
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
+def permutation(n_rows, seed, epoch):
+    """The order of an epoch's rows. 94 million rows, all that efficient-large reads, take 0.4 GB."""
+    return np.random.default_rng((seed, 1, epoch)).permutation(np.arange(n_rows, dtype=np.uint32))
 
 
-class Corrupted(NamedTuple):
-    """A batch as the models take it. All but n_replaced are int64 tensors; n_en + n_m = n."""
-
-    inputs: torch.Tensor  # (B, n) tokens with [MASK]s and random tokens in place
-    kept: torch.Tensor  # (B, n_en) positions that are not [MASK], ascending
-    masked: torch.Tensor  # (B, n_m) positions that are [MASK], ascending
-    predict: torch.Tensor  # (B, k) the masked, the replaced, the unchanged, each ascending
-    labels: torch.Tensor  # (B, k) the original tokens there
-    n_replaced: int  # with n_m it cuts predict into its three kinds
-
-    def rows(self, start, stop):
-        """The same for some of the rows."""
-        return Corrupted(*(x[start:stop] for x in self[:-1]), self.n_replaced)
-
-    def to(self, device):
-        return Corrupted(*(x.to(device, non_blocking=True) for x in self[:-1]), self.n_replaced)
+def seed_of(*parts):
+    """A 63-bit seed from a few whole numbers, such as (seed, purpose, step)."""
+    return int(np.random.default_rng(parts).integers(2**63))
 
 
-def counts(n, rate, strategy=(0.8, 0.1, 0.1)):
-    """(k, n_m, n_replaced) of a row of n: exact, so that every row of every batch has the same
-    shape.
-
-    strategy: the shares of [MASK], random and unchanged among the k (Table 2c). Raises
-    ValueError."""
-    if not 0 < rate <= 1:
-        raise ValueError(f"mask_rate is {rate}, must be above 0 and at most 1")
-    if len(strategy) != 3 or not min(strategy) >= 0 or abs(sum(strategy) - 1) > 1e-6:
-        raise ValueError(f"strategy is {strategy}, must be three shares that sum to 1")
-    k = round(rate * (n - 2))
-    n_m = round(strategy[0] * k)
-    if k < 1:
-        raise ValueError(f"mask_rate is {rate}: no token of a row of {n} is left to predict")
-    return k, n_m, round((strategy[0] + strategy[1]) * k) - n_m
+# Preparation: text files -> tokens
 
 
-def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab, generator=None):
-    """Choose k tokens of every row to predict; of these n_m become [MASK], n_replaced a random
-    word, and the rest stay as they are (section 3.3). tokens (B, n) int64 -> Corrupted, on the
-    tokens' device.
+def read_lines(path, bar):
+    """Yields the lines of a UTF-8 file; a line longer than PIECE characters comes in several parts."""
+    with open(path, encoding="utf-8-sig") as f:
+        try:
+            while line := f.readline(PIECE):
+                if "\0" in line:
+                    raise ValueError
+                bar.update(len(line))
+                yield line
+        except ValueError:  # UnicodeDecodeError is one
+            fail(f"{path}: not UTF-8 text, near byte {f.buffer.tell():,}; convert it, for example with iconv")
 
-    Specials are never chosen and never drawn. Raises ValueError where a row has fewer than k
-    other tokens; off the CPU that would cost a synchronisation, and Data.batch has seen to it
-    already."""
-    k, n_m, n_replaced = counts(tokens.size(1), rate, strategy)
-    special = is_special(tokens, vocab)
-    if tokens.device.type == "cpu" and int((~special).sum(1).min()) < k:
-        raise ValueError(f"a row has fewer than {k} tokens that are not special; lower mask_rate")
-    noise = torch.rand(tokens.shape, device=tokens.device, generator=generator)
-    order = noise.masked_fill_(special, 2.0).argsort(dim=1)  # (B, n), the first k in random order
-    masked, kept = order[:, :n_m].sort().values, order[:, n_m:].sort().values
-    replaced = order[:, n_m : n_m + n_replaced].sort().values
-    unchanged = order[:, n_m + n_replaced : k].sort().values
-    ordinary = vocab.size - len(special_ids(vocab))
-    words = torch.randint(ordinary, replaced.shape, device=tokens.device, generator=generator)
-    for i in special_ids(vocab):  # ascending: step over each special
-        words += words >= i
-    inputs = tokens.scatter(1, masked, vocab.mask).scatter_(1, replaced, words)
-    predict = torch.cat([masked, replaced, unchanged], dim=1)
-    return Corrupted(inputs, kept, masked, predict, tokens.gather(1, predict), n_replaced)
+
+def read_documents(files, doc, title):
+    """Yields (text, ends) for the documents of text files; a document longer than PIECE comes in several
+    pieces, and `ends` is True for the last of them."""
+    size = sum(map(os.path.getsize, files))
+    with tqdm(desc=title, total=size, unit="B", unit_scale=True, disable=None) as bar:
+        for path in files:
+            text, unfinished = "", False
+            for line in chain(read_lines(path, bar), [""]):  # "" is the end of the file
+                text += line
+                ends = not line or line.endswith("\n") if doc == "line" else not line.strip()
+                ends = not line if doc == "file" else ends
+                if ends or len(text) >= PIECE:
+                    body = text.rstrip()
+                    if body or unfinished:
+                        yield body, ends
+                        unfinished = not ends
+                    text = "" if ends else text[len(body) :]
+
+
+def write_tokens(pieces, tokenizer, vocab, dtype, out, val_every):
+    """Write train.bin and val.bin, with </s> behind each document; every val_every-th document goes to
+    val.bin, the first one included. Returns the number of documents."""
+    count = 0
+    with atomic(out / "train.bin") as train, atomic(out / "val.bin") as val:
+        while chunk := list(islice(pieces, 256)):
+            encodings = tokenizer.encode_batch_fast([text for text, _ in chunk], add_special_tokens=False)
+            for encoding, (_, ends) in zip(encodings, chunk):
+                ids = np.array(encoding.ids + [vocab.eos] * ends, dtype)
+                (train if count % val_every else val).write(ids.tobytes())
+                count += ends
+    return count
+
+
+def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val_every=100):
+    """Tokenize text files into the folder `out`; the top of this file says what is written there.
+
+    files: paths; doc: what a document is, "blank" (lines up to a blank one), "line" or "file"; tokenizer: a
+    tokenizer.json, or None to train one with vocab_size tokens; every val_every-th document is for
+    validation."""
+    out = Path(out)
+    with lock(out):
+        if (out / "meta.json").exists():
+            fail(f"{out}: already prepared; use it, choose another --out, or delete it to start again")
+        if tokenizer is None:
+            print(f"training a byte-level BPE with {vocab_size} tokens", flush=True)
+            step = 1 + sum(map(os.path.getsize, files)) // BPE_SAMPLE
+            pieces = islice(read_documents(files, doc, "reading"), 0, None, step)
+            tokenizer = train_bpe((text for text, _ in pieces), vocab_size, out / "tokenizer.json")
+        tokenizer, vocab = load_tokenizer(tokenizer)
+        with atomic(out / "tokenizer.json", "w") as f:
+            f.write(tokenizer.to_str(pretty=True))
+        dtype = np.dtype(np.uint16 if vocab.size <= 1 << 16 else np.uint32)
+        pieces = read_documents(files, doc, "tokenizing")
+        count = write_tokens(pieces, tokenizer, vocab, dtype, out, val_every)
+        tokens = {part: os.path.getsize(out / f"{part}.bin") // dtype.itemsize for part in ("train", "val")}
+        if not all(tokens.values()):
+            fail(f"{files[0]}: {count} document(s), too few for training and validation; see --doc")
+        meta = dict(vocab=asdict(vocab), dtype=dtype.name, tokens=tokens)
+        meta["sha256"] = {name: sha256_of(out / name) for name in ("train.bin", "val.bin", "tokenizer.json")}
+        with atomic(out / "meta.json", "w") as f:
+            json.dump(meta, f, indent=1)
+    print(f"{out}: {count:,} documents, {vocab.size:,} words, tokens: {tokens}")
+
+
+def sha256_of(path):
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
+
+
+def read_meta(directory):
+    path = Path(directory) / "meta.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        fail(f"{path}: {e}; prepare the data first: python data.py --input FILES --out {directory}")
 
 
 def verify(directory):
-    """Compare every file of a prepared folder with the hash that meta.json keeps of it."""
+    """Compare every file of a prepared folder with its checksum in meta.json."""
     for name, digest in read_meta(directory)["sha256"].items():
         path = Path(directory) / name
-        if not path.is_file() or sha256_of(path) != digest:
-            fail(
-                f"{path}: missing or not what was written; delete {directory} and prepare it again"
-            )
-        print(f"{path}: as written")
+        if sha256_of(path) != digest:
+            fail(f"{path}: not what data.py wrote; delete {directory} and prepare the data again")
+        print(f"{path}: unchanged")
 
 
-def main(argv=None):
+# Tokenizers
+
+
+def load_tokenizer(path):
+    """(tokenizers.Tokenizer, Vocab) of a tokenizer.json with RoBERTa's special tokens. "<s>" in a text is
+    plain text."""
+    from tokenizers import Tokenizer, processors
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:
+        fail(f"{path}: not a readable tokenizer.json ({e})")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    ids = [tokenizer.token_to_id(token) for token in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")]
+    if ids[:4] != [0, 1, 2, 3] or ids[4] is None:
+        fail(f"{path}: needs <s> <pad> </s> <unk> as tokens 0 to 3, as RoBERTa has, and a <mask>; has {ids}")
+    return tokenizer, Vocab(tokenizer.get_vocab_size(), *ids)
+
+
+def train_bpe(texts, vocab_size, path):
+    """Train a byte-level BPE with RoBERTa's special tokens (ids 0-3, <mask> last) and write it to `path`."""
+    from tokenizers import AddedToken, ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    first = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(texts, vocab_size - 1, special_tokens=first, show_progress=False)
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
+    with atomic(path, "w") as f:
+        f.write(tokenizer.to_str())
+    return path
+
+
+# The default corpus: English prose that every installation carries
+
+
+def long_strings(path):
+    """The docstrings and other string constants of 40 words and more in a .py file, without blank lines."""
+    try:
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+    except (SyntaxError, ValueError):
+        return []
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts = [inspect.cleandoc(text).splitlines() for text in texts if len(text.split()) >= 40]
+    return ["\n".join(filter(str.strip, lines)) for lines in texts]
+
+
+def write_python_docs(path):
+    """Write the documentation inside the Python standard library, numpy and torch to a text file: about 10
+    MB."""
+    texts = {}  # a dict keeps the order and drops repetitions
+    for root in (sysconfig.get_paths()["stdlib"], *np.__path__, *torch.__path__):
+        for file in tqdm(sorted(Path(root).rglob("*.py")), f"reading {root}", unit="file", disable=None):
+            if not {"site-packages", "dist-packages"} & set(file.relative_to(root).parts):
+                texts.update(dict.fromkeys(long_strings(file)))
+    with atomic(path) as f:
+        f.write("\n\n".join(texts).encode("utf-8", "ignore"))
+
+
+# Plumbing that all scripts share
+
+
+class UserError(ValueError):
+    """Something that the user can fix, in one line; `command` prints it without a traceback."""
+
+
+def fail(message):
+    """One line on stderr (under torchrun, from each node's first process only) and exit status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def command(main):
+    """Decorator of a script's main: an unreadable or unwritable file is one line on stderr, Ctrl-C has no
+    traceback."""
+
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            main(argv)
+        except UserError as e:
+            fail(e)
+        except OSError as e:
+            fail(f"{e.filename}: {e.strerror}" if e.filename else e)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return run
+
+
+@contextmanager
+def atomic(path, mode="wb"):
+    """Open `path` for writing under a temporary name. It gets its own name when everything is on disk, or
+    never. Raises OSError."""
+    tmp = Path(f"{path}.tmp")
+    try:
+        tmp.parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+        raise OSError(f"{path}: cannot be written ({str(e).splitlines()[0]}); is the disk full?") from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(directory, wait=False):
+    """Let one process at a time work in a folder. The lock ends with its process, so it is never stale.
+    Windows has no such locks: there, nothing is locked."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with open(Path(directory) / ".lock", "w") as f:
+        try:
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except ImportError:
+            pass
+        except BlockingIOError:
+            fail(f"{directory}: another process is working there; wait for it, or choose another --out")
+        yield
+
+
+def parse_flags(config_class, argv, description, presets=lambda given: {}):
+    """An instance of a dataclass from the command line: every field with a comment behind it is a flag, and
+    the comment is its help. Numbers must be 0 or more, whole numbers whose default is not 0 must be 1 or
+    more. presets: a function from the given flags to other defaults."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
     parser.error = fail
-    parser.add_argument(
-        "--input", nargs="+", metavar="FILE", help="UTF-8 text files, or globs of them"
-    )
-    parser.add_argument(
-        "--doc",
-        choices=("blank", "line", "file"),
-        default="blank",
-        help="a document is: a run of non-blank lines (default), a line, a file",
-    )
-    parser.add_argument(
-        "--tokenizer", help="use this tokenizer.json, RoBERTa's say (default: train one)"
-    )
-    parser.add_argument(
-        "--vocab_size",
-        type=int,
-        help="of the BPE to train (default 16384; 2048 for the default corpus)",
-    )
-    parser.add_argument(
-        "--out", help=f"the folder to write (default {DEFAULT_DATA} for the default corpus)"
-    )
-    parser.add_argument(
-        "--val",
-        type=float,
-        default=0.01,
-        help="share of the documents to validate on (default 0.01)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the documents' shuffle (default 0)")
-    parser.add_argument(
-        "--verify", metavar="DIR", help="check a prepared folder against its hashes"
-    )
-    args = parser.parse_args(argv)
-    if args.verify:
-        return verify(args.verify)
-    if args.vocab_size is not None and not 262 <= args.vocab_size <= 1 << 24:
-        fail(
-            f"--vocab_size {args.vocab_size}: must be at least 262 (256 bytes, 5 specials, a merge)"
-        )
-    if not 0 < args.val < 1:
-        fail(f"--val {args.val}: must be a share above 0 and below 1")
-    if args.seed < 0:
-        fail(f"--seed {args.seed}: must not be negative")
-    if args.input is None:
-        for name in ("tokenizer", "doc", "val", "seed"):
-            if getattr(args, name) != parser.get_default(name):
-                fail(f"--{name}: is for text of your own; give --input and --out too")
-        return prepare_default(args.out or DEFAULT_DATA, args.vocab_size or 2048)
-    if args.tokenizer and args.vocab_size:
-        fail("--vocab_size: is for a tokenizer to be trained; leave it or --tokenizer out")
-    if not args.out:
+    sources = "".join(map(inspect.getsource, reversed(config_class.__mro__[:-1])))
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", sources, re.M))
+    for f in fields(config_class):
+        kind = (get_args(f.type) or [f.type])[0]  # int of list[int], "a" of Literal["a", "b"]
+
+        def number(text, kind=kind, least=int(kind is int and f.default != 0)):
+            if not least <= kind(text) < float("inf"):
+                raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}")
+            return kind(text)
+
+        how = dict(required=f.default is MISSING, type=str if kind is str else number)
+        if get_origin(f.type) is list:
+            how["nargs"] = "+"
+        if kind is bool:
+            how = dict(action="store_true")
+        elif isinstance(kind, str):
+            how = dict(choices=get_args(f.type))
+        if f.name in comments:
+            default = "" if f.default in (None, "", MISSING) else f" (default: {f.default})"
+            parser.add_argument(f"--{f.name}", help=comments[f.name] + default, **how)
+    given = vars(parser.parse_args(argv))
+    return config_class(**{**presets(given), **given})
+
+
+# The command
+
+
+@dataclass
+class Flags:
+    """Every field is a flag."""
+
+    input: list[str] = None  # UTF-8 text files, or globs (default: docstrings of the installed Python)
+    doc: Literal["blank", "line", "file"] = "blank"  # a document: lines up to a blank one, a line, a file
+    tokenizer: str = None  # a tokenizer.json to use, such as RoBERTa's (default: train one)
+    vocab_size: int = None  # size of the BPE, if one is trained (default: 16384; docstrings: 2048)
+    val_every: int = 100  # every N-th document is kept for validation
+    out: str = None  # folder to write (default for the docstrings: data/python-docs)
+    verify: str = None  # a prepared folder to compare with its checksums; nothing else is done
+
+
+@command
+def main(argv):
+    flags = parse_flags(Flags, argv, __doc__)
+    if flags.verify:
+        return verify(flags.verify)
+    out, files = flags.out or DEFAULT_DATA, []
+    if flags.input and not flags.out:
         fail("--out: missing; name the folder to write")
-    files = []
-    for pattern in args.input:
-        exists = os.path.exists(pattern)  # a name may hold a * or [
-        found = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
-        files += [f for f in found if os.path.isfile(f)]
-        if not any(os.path.isfile(f) for f in found):
-            what = "a folder; give its files, as 'DIR/*.txt'" if found else "no such file"
-            fail(f"--input {pattern}: {what}")
-    files = [*{os.path.realpath(f): f for f in files}.values()]  # a text twice: in both parts
-    if args.tokenizer:
-        load_tokenizer(args.tokenizer)
-    prepare(
-        files, args.out, args.doc, args.tokenizer, args.vocab_size or 16384, args.val, args.seed
-    )
+    for pattern in flags.input or []:
+        found = [f for f in sorted(glob.glob(pattern, recursive=True)) or [pattern] if os.path.isfile(f)]
+        files += found or fail(f"--input {pattern}: no such file; name files, or a glob of them in quotes")
+    if not files:
+        files = [Path(out) / "corpus.txt"]
+        write_python_docs(files[0])
+    vocab_size = flags.vocab_size or (16384 if flags.input else 2048)
+    prepare(files, out, flags.doc, flags.tokenizer, vocab_size, flags.val_every)
 
 
 if __name__ == "__main__":
-    command(main, "interrupted; the same command begins again")
+    main()

@@ -1,24 +1,21 @@
-"""Pre-train 3ML, or vanilla MLM beside it, on prepared tokens.
+"""Pre-train 3ML, or vanilla MLM for comparison, on prepared tokens.
 
-    torchrun train.py                            tiny: minutes on two CPU cores, makes its own data
-    torchrun train.py --decoder none --mask_rate 0.15 --out out/vanilla         its control
+    torchrun train.py                            tiny: minutes on two CPU cores; prepares its own data
+    torchrun train.py --decoder none --mask_rate 0.15 --out out/vanilla         the vanilla MLM beside it
     torchrun --nproc_per_node 8 train.py --recipe efficient-large --data data/mine
-    torchrun train.py --out out/tiny --eval_only      evaluate a checkpoint and export it
+    torchrun train.py --out out/tiny --eval_only      evaluate the checkpoint of a run and export it
 
-The same command goes on where a run was interrupted. It leaves in --out: ckpt.pt and ckpt.prev.pt
-(all that going on needs), log.jsonl (a line per log_every steps and per evaluation), config.json,
-and hf/ (the encoder for finetune.py and for transformers; vanilla MLM with its head).
+The same command resumes an interrupted run. A run writes to --out: ckpt.pt and ckpt.prev.pt (all that
+resuming needs), log.jsonl (a line per log_every steps and per evaluation), config.json, and hf/ (the encoder,
+for finetune.py and for transformers; of vanilla MLM with its head). This file does not shard a model over
+GPUs, search for hyperparameters, or use the network. Without torchrun, `python train.py` is the same program.
 
-What it does not do: shard a model over GPUs, choose hyper-parameters, or touch the network.
+Rows and masks are a function of (seed, step, row), dropout of (seed, step, first row of the micro-batch). So
+the number of processes and interruptions change nothing but the order of sums; another micro_batch_size
+changes dropout's noise."""
 
-Rows and masks are a function of (seed, step, row), dropout of (seed, step, micro-batch): the number
-of processes and interruptions change nothing but the order of sums; another size of micro-batches
-changes dropout's noise too.
-"""
-
-import argparse
+import atexit
 import ctypes
-import importlib.util
 import json
 import math
 import os
@@ -27,91 +24,44 @@ import signal
 import sys
 import time
 import zipfile
-import zlib
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 import flops
 from data import (
     DEFAULT_DATA,
-    Corrupted,
     Data,
+    UserError,
     atomic,
     command,
     corrupt,
     counts,
     fail,
-    load_tokenizer,
     lock,
-    prepare_default,
+    parse_flags,
     seed_of,
     special_ids,
 )
+from data import main as prepare_default_data
 from model import MaskedLM, ModelConfig, load_pretrained, save_pretrained
 
-
-def option(default, text, **more):
-    return field(default=default, metadata=dict(help=text, **more))
-
-
-@dataclass
-class Config:
-    """Every field is a flag. The defaults are what Table 4's two recipes share."""
-
-    data: str = option(DEFAULT_DATA, "folder that data.py has prepared")
-    out: str = option("", "folder of this run (default: out/RECIPE)")
-    init: str = option("", "Hugging Face RoBERTa folder whose encoder to start from")
-    # model
-    decoder: str = option("self", "3ML's decoder: self, cross; none: vanilla MLM")
-    norm: str = option("", "LayerNorm: post, pre (default: pre for tiny, large and cross; Table 4)")
-    n_layer: int = option(12, "layers of the encoder")
-    n_embd: int = option(768, "width of the encoder")
-    head_size: int = option(64, "of every attention head")
-    n_layer_dec: int = option(2, "layers of the decoder")
-    n_embd_dec: int = option(0, "width of the decoder (default: half the encoder's)")
-    n_positions: int = option(0, "longest row the model can take (default: seq_len)")
-    dropout: float = option(0.1, "of hidden states and attention weights")
-    # corruption
-    mask_rate: float = option(0.4, "share r of the tokens to predict")
-    strategy: tuple = option((0.8, 0.1, 0.1), "shares of [MASK], random and unchanged among them")
-    # optimisation
-    seq_len: int = option(512, "tokens of a row, <s> and </s> included")
-    batch_size: int = option(2048, "rows of a step, over all processes and micro-batches")
-    max_steps: int = option(125_000, "steps of the run", may_change=True)
-    lr: float = option(7e-4, "peak of the learning rate")
-    warmup: float = option(0.06, "share of the steps in which the learning rate rises from 0")
-    weight_decay: float = option(0.01, "AdamW's, on parameters of two dimensions and more")
-    grad_clip: float = option(0.0, "largest gradient norm, 0: any", may_change=True)
-    seed: int = option(0, "of initialisation, rows, masks and dropout")
-    # the work's division, and what is written when: none of these changes the result, but for
-    # rounding (dtype, compile) and for dropout's noise (micro_batch_size)
-    micro_batch_size: int = option(64, "rows that go through a process at once", may_change=True)
-    eval_every: int = option(1000, "steps between evaluations", may_change=True)
-    eval_rows: int = option(1024, "rows of the validation set")
-    save_every: int = option(1000, "steps between checkpoints", may_change=True)
-    log_every: int = option(50, "steps between lines of the log", may_change=True)
-    dtype: str = option("auto", "bf16, fp16, fp32, fp64 (auto: by hardware)", may_change=True)
-    device: str = option("auto", "cuda, mps or cpu (auto: the first there is)", may_change=True)
-    compile: str = option("auto", "torch.compile: yes, no (auto: on CUDA)", may_change=True)
-    timeout: float = option(10.0, "minutes to wait for a process that is silent", may_change=True)
-
-
-# Table 4, and one of ours for a first look
+# Table 4, and one of ours for a first look. longer-base is the defaults below.
 RECIPES = {
     "tiny": dict(
-        n_layer=3, n_embd=256, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=64,
-        batch_size=32, micro_batch_size=32, max_steps=3100, lr=4e-3, eval_every=400, save_every=400,
+        n_layer=3, n_embd=256, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=64, batch_size=32,
+        max_steps=3100, lr=4e-3, eval_every=400, save_every=400,
     ),
     "efficient-large": dict(
-        n_layer=24, n_embd=1024, mask_rate=0.5, norm="pre", seq_len=128, batch_size=4096,
+        n_layer=24, n_embd=1024, norm="pre", mask_rate=0.5, seq_len=128, batch_size=4096,
         micro_batch_size=256, max_steps=23_000, lr=2e-3,
     ),
     "longer-base": dict(),
@@ -119,285 +69,65 @@ RECIPES = {
 COMMON_RATE = 0.15  # validation at different rates cannot be compared: every run has this one too
 
 
-# The command line
+@dataclass
+class Run(ModelConfig):
+    """What makes a run the run it is: ModelConfig's fields and these. Resuming with other values is
+    refused."""
 
+    n_positions: int = None  # longest row that the model can take (default: seq_len)
+    init: str = ""  # Hugging Face folder of a RoBERTa whose encoder to start from
+    mask_rate: float = 0.4  # share r of the tokens to predict
+    strategy: list[float] = (0.8, 0.1, 0.1)  # shares of [MASK], random and unchanged among them
+    seq_len: int = 512  # tokens of a row, <s> and </s> included
+    batch_size: int = 2048  # rows of a step, over all processes and micro-batches
+    lr: float = 7e-4  # peak learning rate
+    warmup: float = 0.06  # share of the steps in which the learning rate rises from 0
+    weight_decay: float = 0.01  # AdamW's weight decay, on matrices only
+    eval_rows: int = 1024  # rows of the validation set to evaluate on
+    seed: int = 0  # seed of initialization, rows, masks and dropout
 
-def number_list(text):
-    return tuple(float(x) for x in text.split(","))
-
-
-def parse(argv=None):
-    """The command line as (Config, arguments that are no fields)."""
-    recipes = "\n".join(
-        f"  {name}: " + (", ".join(f"{k} {v}" for k, v in recipe.items()) or "the defaults")
-        for name, recipe in RECIPES.items()
-    )
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"* may change when a run goes on; nothing else may.\n\nThe recipes:\n{recipes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = fail
-    parser.add_argument(
-        "--recipe", choices=RECIPES, default="tiny", help="Table 4's (default: tiny)"
-    )
-    parser.add_argument("--eval_only", action="store_true", help="evaluate the checkpoint in --out")
-    for f in fields(Config):
-        text = f.metadata["help"] + " *" * f.metadata.get("may_change", False)
-        if "default" not in text and "auto" not in text and f.default != "":
-            shown = ",".join(map(str, f.default)) if f.type is tuple else f.default
-            own = [
-                f"; {name}: {recipe[f.name]}"
-                for name, recipe in RECIPES.items()
-                if f.name in recipe
-            ]
-            text += f" (default: {shown}{''.join(own)})"
-        kind = number_list if f.type is tuple else f.type
-        shown = {int: "N", float: "X", str: "TEXT", tuple: "X,X,X"}[f.type]
-        parser.add_argument(
-            f"--{f.name}", type=kind, help=text, default=argparse.SUPPRESS, metavar=shown
-        )
-    args = vars(parser.parse_args(argv))
-    recipe, eval_only = args.pop("recipe"), args.pop("eval_only")
-    fields_of_run = {"out": f"out/{recipe}", **RECIPES[recipe]}
-    if eval_only:
-        fields_of_run = read_config(args.get("out", fields_of_run["out"]))
-    config = Config(**{**fields_of_run, **args})
-    if config.init and not eval_only:
-        config = shape_of_init(config, args)
-    config.norm = config.norm or ("pre" if config.decoder == "cross" else "post")
-    config.n_positions = config.n_positions or config.seq_len
-    config.n_embd_dec = config.n_embd_dec or config.n_embd // 2
-    check(config)
-    return config, eval_only
-
-
-def read_config(out):
-    """The fields of the run in a folder, for evaluating it without repeating its flags."""
-    path = Path(out) / "config.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        saved = {f.name: saved[f.name] for f in fields(Config)}
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"--eval_only: {path} is missing or damaged; name the folder of a run with --out")
-    return saved | {"strategy": tuple(saved["strategy"]), "out": str(out)}
-
-
-def shape_of_init(config, given):
-    """The encoder's shape is that of the folder to start from; a flag that contradicts it is an
-    error."""
-    try:
-        shape = load_pretrained(config.init)[0]
-    except ValueError as e:
-        fail(f"--init {e}")
-    names = ("n_layer", "n_embd", "head_size", "norm", "n_positions")
-    shape = {name: getattr(shape, name) for name in names}
-    for name in shape.keys() & given.keys():
-        if given[name] != shape[name]:
-            fail(
-                f"--{name} {given[name]}: the encoder in {config.init} has {shape[name]}; leave it "
-                "out"
-            )
-    return replace(config, **shape)
-
-
-def check(config):
-    """What can be wrong with a Config in itself; one line and exit 2."""
-    c = config
-    sizes = (
-        "seq_len batch_size max_steps micro_batch_size eval_every eval_rows save_every log_every"
-    )
-    for name in sizes.split():
-        if getattr(c, name) < 1:
-            fail(f"--{name} {getattr(c, name)}: must be at least 1")
-    for name in ("lr", "weight_decay", "grad_clip", "seed"):
-        if not 0 <= getattr(c, name) < math.inf:
-            fail(f"--{name} {getattr(c, name)}: must be a number of at least 0")
-    if not 0 < c.timeout < math.inf:
-        fail(f"--timeout {c.timeout}: must be a number of minutes above 0")
-    if not 0 <= c.warmup <= 1:
-        fail(f"--warmup {c.warmup}: must be a share of the steps, from 0 to 1")
-    if not 3 <= c.seq_len <= c.n_positions:
-        fail(f"--seq_len {c.seq_len}: must be at least 3 and at most n_positions, {c.n_positions}")
-    for name, choices in (
-        ("dtype", ("auto", *DTYPES)),
-        ("device", ("auto", "cuda", "mps", "cpu")),
-        ("compile", ("auto", "yes", "no")),
-    ):
-        if getattr(c, name) not in choices:
-            fail(f"--{name} {getattr(c, name)}: choose from {', '.join(choices)}")
-    try:
-        model_config(c, vocab_size=8)
-        _, n_m, _ = counts(c.seq_len, c.mask_rate, c.strategy)
-        if c.decoder != "none" and n_m < 1:
-            fail(f"--strategy {c.strategy}: leaves no [MASK] to decode; use --decoder none")
-    except ValueError as e:
-        fail(f"--{e}")
-    try:
-        counts(c.seq_len, COMMON_RATE, c.strategy)
-    except ValueError:
-        fail(f"--seq_len {c.seq_len}: too short for the validation at {COMMON_RATE:.0%}")
-
-
-def model_config(config, vocab_size):
-    c = config
-    return ModelConfig(
-        vocab_size, c.n_positions, c.n_layer, c.n_embd, c.head_size, c.decoder, c.n_layer_dec,
-        c.n_embd_dec or None, c.norm, c.dropout,
-    )  # fmt: skip
-
-
-# The machine
-
-DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32, fp64=torch.float64)
-# dense bf16 or fp16 peaks in FLOP/s, by what the name of the GPU holds
-PEAKS = {
-    "H100 80GB HBM3": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "NVIDIA H200": 989e12,
-    "A100": 312e12, "L40S": 362e12, "V100-SXM": 125e12, "V100-PCIE": 112e12, "Tesla T4": 65e12,
-}  # fmt: skip
+    def __post_init__(self):
+        self.n_positions = self.n_positions or self.seq_len
+        super().__post_init__()
+        if self.seq_len > self.n_positions:
+            raise UserError(f"seq_len is {self.seq_len}, must be at most n_positions, {self.n_positions}")
 
 
 @dataclass
-class Machine:
-    """This process's place: its rank among world processes, its device and precision."""
+class Config(Run):
+    """Every field is a flag. These may change when a run is resumed."""
 
-    rank: int
-    world: int
-    device: torch.device
-    dtype: torch.dtype
-
-    def autocast(self):
-        enabled = self.dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
-
-    def sum(self, values):
-        """A list of numbers, each summed over the processes."""
-        if self.world == 1:
-            return [float(v) for v in values]
-        values = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(values)
-        return values.tolist()
-
-    def say(self, text):
-        if self.rank == 0:
-            try:
-                tqdm.write(text, file=sys.stdout)
-                sys.stdout.flush()
-            except BrokenPipeError:  # the reader (tee, head) is gone, the run is not
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    recipe: Literal[tuple(RECIPES)] = "tiny"  # which defaults to use: ours, or one of Table 4's
+    data: str = DEFAULT_DATA  # folder that data.py has prepared
+    out: str = ""  # folder of this run (default: out/RECIPE)
+    max_steps: int = 125_000  # steps of the run; the learning-rate schedule depends on it
+    grad_clip: float = 0.0  # gradient clipping: the largest norm; 0.0 is off
+    micro_batch_size: int = 64  # rows that go through a process at once
+    eval_every: int = 1000  # steps between evaluations
+    save_every: int = 1000  # steps between checkpoints
+    log_every: int = 50  # steps between lines of the log
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to run
+    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
+    eval_only: bool = False  # evaluate the checkpoint in --out and export it, without training
 
 
-def pick_device(name="auto"):
-    """The torch.device to use; with several processes on a node, this one's GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
-    elif name == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: torch sees no GPU here; use --device cpu")
-    elif name == "mps" and not torch.backends.mps.is_available():
-        fail("--device mps: not available here; use --device cpu")
-    if name != "cuda":
-        return torch.device(name)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-
-
-def pick_dtype(name, device):
-    """bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if has_bf16 else torch.float16
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cpu" and has_bf16() else torch.float32
-
-
-def keep_freed_memory():
-    """glibc gives every large tensor back to the system and pays a page fault for each page of
-    the next; kept, a CPU step takes half the time."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mmap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
-
-
-def die_with_torchrun():
-    """torchrun's workers have sessions of their own: without this, kill -9 of torchrun would leave
-    them running, and the folder locked."""
-    if platform.system() == "Linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
-            sys.exit(1)  # it died before that line
-
-
-def out_of_memory(error):
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    texts = ("can't allocate memory", "out of memory")  # the CPU's, CUDA's own and MPS's
-    return isinstance(error, kinds) or any(text in str(error) for text in texts)
-
-
-def lost_process(error):
-    """Did another process of the group die, or stay silent too long?"""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-@contextmanager
-def start(config):
-    """The Machine for this process, inside torchrun's process group if there is one."""
-    die_with_torchrun()
-    keep_freed_memory()
-    torch.set_float32_matmul_precision("high")
-    device = pick_device(config.device)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    try:
-        if world > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout))
-        yield Machine(rank, world, device, pick_dtype(config.dtype, device))
-    except (RuntimeError, MemoryError) as e:
-        if out_of_memory(e):
-            rows = min(config.micro_batch_size, config.batch_size // world)
-            advice = f"--micro_batch_size below {rows} takes less, and the same run goes on with it"
-            advice = advice if rows > 1 else "the model is too large"
-            fail(f"out of memory on {device}: {advice}", everywhere=True)
-        if not lost_process(e):
-            raise
-        reason = str(e).splitlines()[0]
-        fail(
-            f"another process died, or was silent for {config.timeout:g} minutes ({reason}); the "
-            f"same command goes on from the last checkpoint in {config.out}"
-        )
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def peak_flops(machine):
-    """FLOP/s of a matrix product at best: a known GPU's published peak, else one measured here."""
-    if machine.device.type == "cuda":
-        name = torch.cuda.get_device_name(machine.device)
-        if machine.dtype in (torch.bfloat16, torch.float16):
-            return next((peak for key, peak in PEAKS.items() if key in name), None)
-        return None
-    if machine.device.type != "cpu" or machine.dtype == torch.float16:  # slow there, and rare
-        return None
-    a = torch.randn(2048, 2048, dtype=machine.dtype)
-    best, end = 0, time.perf_counter() + 0.3
-    while time.perf_counter() < end:
-        t = time.perf_counter()
-        a @ a
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - t))
-    return best
+def presets(given):
+    """Defaults that depend on the given flags: the recipe's, and with --init the shape of that encoder."""
+    values = {"out": f"out/{given.get('recipe', 'tiny')}"} | RECIPES[given.get("recipe", "tiny")]
+    if given.get("init"):
+        shape = load_pretrained(given["init"])[0]
+        values |= {
+            name: getattr(shape, name) for name in ("n_positions", "n_layer", "n_embd", "head_size", "norm")
+        }
+    return values
 
 
 # One step
 
 
 def lr_at(step, config):
-    """Learning rate of step 0, 1, …: up from 0 over the warm-up, then down to 0, both linear."""
+    """Learning rate of step 0, 1, ...: up from 0 over the warm-up, then down to 0, both linear."""
     warmup = round(config.warmup * config.max_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -405,519 +135,361 @@ def lr_at(step, config):
 
 
 def make_optimizer(model, config):
-    """AdamW; decay on matrices only, as 24hBERT has it (fairseq decays everything)."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        dict(params=matrices, weight_decay=config.weight_decay),
-        dict(params=vectors, weight_decay=0.0),
-    ]
+    """AdamW, with weight decay on matrices only, as in 24hBERT (fairseq decays everything)."""
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == wide] for wide in (True, False))
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def step_batch(data, config, step, device):
-    """The corrupted rows of a step, of all processes: each draws them all, a megabyte or so, and
-    takes its own, so that how many there are cannot matter."""
+    """The corrupted rows of a step, of all processes. Each process makes them all, which costs little, and
+    uses its own part of them; so the number of processes cannot matter."""
     k, *_ = counts(config.seq_len, config.mask_rate, config.strategy)
     rows = data.batch(step, config.batch_size, config.seq_len, k, config.seed)
     if device.type == "cuda":
         rows = rows.pin_memory().to(device, non_blocking=True)
     generator = torch.Generator(device).manual_seed(seed_of(config.seed, 2, step))
-    return corrupt(
-        rows.to(device), config.mask_rate, config.strategy, vocab=data.vocab, generator=generator
-    )
+    return corrupt(rows.to(device), config.mask_rate, config.strategy, vocab=data.vocab, generator=generator)
 
 
-def backward(model, batch, config, step, machine, scaler=None):
-    """Gradients of the mean loss over the whole batch, this process doing its share in
-    micro-batches.
-
-    model is a MaskedLM, in DistributedDataParallel if there are several processes (it averages
-    their gradients). Returns this process's mean loss, a tensor in nats."""
-    share = config.batch_size // machine.world
-    micro = min(config.micro_batch_size, share)
-    total = 0.0
-    for at in range(machine.rank * share, (machine.rank + 1) * share, micro):
-        torch.manual_seed(seed_of(config.seed, 3, step, at // micro))  # dropout
-        last = at + micro == (machine.rank + 1) * share
-        with nullcontext() if last or machine.world == 1 else model.no_sync():
+def backward(model, batch, config, step, machine, scaler):
+    """Gradients of the batch's mean loss. This process does its share of the rows, in micro-batches;
+    gradients are averaged over the processes by DistributedDataParallel. Returns this process's mean loss in
+    nats, a tensor."""
+    share, k = config.batch_size // machine.world, batch.predict.size(1)
+    start, end, total = machine.rank * share, (machine.rank + 1) * share, 0.0
+    for at in range(start, end, config.micro_batch_size):
+        torch.manual_seed(seed_of(config.seed, 3, step, at))  # dropout
+        stop = min(at + config.micro_batch_size, end)
+        with nullcontext() if stop == end or machine.world == 1 else model.no_sync():
             with machine.autocast():
-                loss = model(batch.rows(at, at + micro)).mean() * (micro / share)
-            (loss if scaler is None else scaler.scale(loss)).backward()
+                loss = model(batch.rows(at, stop)).sum() / (share * k)
+            scaler.scale(loss).backward()
         total = total + loss.detach()
     return total
+
+
+# The loop
+
+
+def train(parts, data, val, config, machine, first):
+    """Steps from `first` to max_steps, or until a signal asks to stop. parts: model, optimizer and scaler;
+    val: see validation_batches. Returns the last evaluation."""
+    raw, optimizer, scaler = parts.values()
+    model, peak, signals = raw, peak_flops(machine), catch_signals()
+    if machine.world > 1:
+        model = DistributedDataParallel(raw, gradient_as_bucket_view=True)
+    if config.compile == "yes" or (config.compile == "auto" and machine.device.type == "cuda"):
+        model.compile()  # in place: the parameters keep their names
+    batch, since, seconds = step_batch(data, config, first, machine.device), first, 0.0
+    steps = range(first, config.max_steps)
+    silent = None if machine.rank == 0 else True
+    bar = tqdm(steps, "training", config.max_steps, initial=first, disable=silent)
+    for step in bar:
+        start, done, lr = time.perf_counter(), step + 1, lr_at(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = backward(model, batch, config, step, machine, scaler)
+        batch = step_batch(data, config, done, machine.device)  # while the device is busy with this step
+        scaler.unscale_(optimizer)
+        norm = get_total_norm([p.grad for p in raw.parameters()])
+        if config.grad_clip > 0:
+            clip_grads_with_norm_(raw.parameters(), config.grad_clip, norm)
+        loss, stop = machine.sum([float(loss) / machine.world, len(signals)])
+        stop_if_diverged(loss, float(norm), scaler, step, lr)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - start
+        last = done == config.max_steps
+        if done % config.log_every == 0 or done == 1 or last:
+            rows_per_s = (done - since) * config.batch_size / seconds
+            entry = dict(step=done, loss=loss, lr=lr, grad_norm=float(norm) if norm.isfinite() else None)
+            entry["tokens_per_s"] = round(rows_per_s * config.seq_len)
+            flops_per_s = rows_per_s * flops_per_row(config, config.mask_rate)
+            entry["mfu"] = peak and flops_per_s / (peak * machine.world)
+            log(entry, config, machine)
+            since, seconds = done, 0.0
+        if done % config.eval_every == 0 or last:
+            entry = dict(step=done) | evaluate(raw, val, config, machine)
+            log(entry, config, machine)
+        if done % config.save_every == 0 or last or stop:
+            save_checkpoint(parts, data, config, machine, done)
+        if stop and not last:
+            bar.close()
+            machine.say(f"stopped after step {done}; the same command resumes the run")
+            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    return entry
+
+
+def stop_if_diverged(loss, norm, scaler, step, lr):
+    """Fails before the optimizer moves, so that the last checkpoint is a good one. fp16's scaler skips a step
+    with infinite gradients and lowers its scale; only where that does not help has the run diverged."""
+    skipped = scaler.is_enabled() and scaler.get_scale() > 1e-4
+    if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+        advice = f"resume with --grad_clip 1 (Table 4), or start again with --lr below {lr:.2e}"
+        fail(f"step {step + 1}: loss {loss}, gradient norm {norm}: the run has diverged; {advice}")
+
+
+def catch_signals():
+    """A list to which Ctrl-C and SIGTERM are added, so that a step can be finished and saved. The same signal
+    again ends the program at once."""
+    caught = []
+
+    def handler(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nfinishing this step, then saving; the same signal again stops at once\n")
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return caught
+
+
+def log(entry, config, machine):
+    """Append a line to log.jsonl, and show its first six values."""
+    if machine.rank == 0:
+        with open(Path(config.out) / "log.jsonl", "a") as f:
+            f.write(json.dumps(entry) + "\n")
+        machine.say(shown(entry))
+
+
+def shown(entry):
+    """The first six values of an entry of the log, for people."""
+    values = [(name, x) for name, x in entry.items() if x is not None][:6]
+    return "  ".join(f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}" for name, x in values)
 
 
 # Evaluation
 
 
 def validation_batches(data, config):
-    """{rate: Corrupted} of the same rows under fixed masks: the run's own rate, and the common
-    15%. Drawn on the CPU, so that every device has the same."""
-    count = min(config.eval_rows, data.n_rows("val", config.seq_len))
-    batches = {}
-    for rate in (config.mask_rate, COMMON_RATE):
-        k, *_ = counts(config.seq_len, rate, config.strategy)
-        rows = data.full_rows("val", np.arange(count), config.seq_len, k)
-        g = torch.Generator().manual_seed(0)
-        batches[rate] = corrupt(
-            torch.from_numpy(rows), rate, config.strategy, vocab=data.vocab, generator=g
-        )
+    """{ending of names in the log: Corrupted}: the same rows at the run's own masking rate and at the common
+    one, with masks that are always the same, on every device."""
+    n, batches = config.seq_len, {}
+    indices = np.arange(min(config.eval_rows, data.n_rows("val", n)))
+    for rate, ending in ({COMMON_RATE: "_15"} | {config.mask_rate: ""}).items():
+        rows = data.rows("val", indices, n, counts(n, rate, config.strategy)[0])
+        masks = torch.Generator().manual_seed(0)
+        rows = torch.from_numpy(rows)
+        batches[ending] = corrupt(rows, rate, config.strategy, vocab=data.vocab, generator=masks)
     return batches
-
-
-def by_kind(losses, batch):
-    """[sums of masked, replaced and unchanged tokens' losses, and their counts]; losses (B, k)."""
-    n_m, n_r, k = batch.masked.size(1), batch.n_replaced, losses.size(1)
-    parts = losses.split([n_m, n_r, k - n_m - n_r], dim=1)
-    return [float(p.sum()) for p in parts] + [p.numel() for p in parts]
-
-
-def means(sums):
-    """by_kind's sums as mean nats: over all, masked, replaced, unchanged; None where there are
-    none."""
-    pairs = [(sum(sums[:3]), sum(sums[3:])), *zip(sums[:3], sums[3:])]
-    return [s / c if c else None for s, c in pairs]
-
-
-def finite(x):
-    """For JSON, which has no infinity (fp16's skipped steps have)."""
-    return float(x) if math.isfinite(x) else None
-
-
-def number(x):
-    """A perplexity for people; there is none of a kind of token that the strategy does not have."""
-    return "-" if x is None else f"{x:,.1f}"
-
-
-def perplexity(nats):
-    return None if nats is None else math.exp(min(nats, 700))
 
 
 @torch.no_grad()
 def evaluate(model, batches, config, machine):
-    """Validation loss in nats and perplexities, on all processes; a dict for the log."""
+    """Validation losses in nats and perplexities, the work divided among all processes; an entry for the
+    log."""
     model.eval()
-    result, size = {}, config.micro_batch_size
-    for rate, batch in batches.items():
-        sums = np.zeros(6)
+    entry, size = {}, config.micro_batch_size
+    for ending, batch in sorted(batches.items()):
+        total = torch.zeros(batch.predict.size(1), dtype=torch.float64)  # (k,)
         for at in range(machine.rank * size, len(batch.inputs), machine.world * size):
-            part = batch.rows(at, at + size).to(machine.device)
             with machine.autocast():
-                sums += by_kind(model(part), part)
-        nats = means(machine.sum(sums.tolist()))
-        names = ["ppl", "ppl_masked", "ppl_replaced", "ppl_unchanged"]
-        tag = "_15" if rate != config.mask_rate else ""
-        result[f"val_loss{tag}"] = nats[0]
-        result |= {name + tag: perplexity(x) for name, x in zip(names, nats)}
+                total += model(batch.rows(at, at + size).to(machine.device)).sum(0).cpu()
+        entry |= perplexities(torch.tensor(machine.sum(total)) / len(batch.inputs), batch, ending)
     model.train()
-    return result
+    return entry
 
 
-# Checkpoints and the log
+def perplexities(nats, batch, ending):
+    """nats (k,): the mean loss at each place of batch.predict -> loss and perplexities, of all and of each
+    kind."""
+    n_m, n_r, k = batch.masked.size(1), batch.n_replaced, len(nats)
+    parts = (nats, *nats.split([n_m, n_r, k - n_m - n_r]))
+    entry = {f"val_loss{ending}": float(nats.mean())}
+    for name, part in zip(("ppl", "ppl_masked", "ppl_replaced", "ppl_unchanged"), parts):
+        entry[name + ending] = math.exp(min(float(part.mean()), 700)) if len(part) else None
+    return entry
 
 
-def save_checkpoint(path, state):
-    """Replace ckpt.pt, keeping the one before as ckpt.prev.pt; at every moment one of the two is
-    whole."""
-    with atomic(path.with_name("ckpt.new.pt")) as f:
-        try:
+def unigram(data, batch):
+    """perplexities of a model that knows how frequent the words are, and nothing else: what every run must
+    beat."""
+    frequency = np.bincount(data.tokens["train"][: 1 << 24], minlength=data.vocab.size).astype(float)
+    frequency[special_ids(data.vocab)] = 0  # they are never predicted
+    nats = torch.from_numpy(-np.log((frequency + 1) / (frequency + 1).sum()))  # (V,)
+    return perplexities(nats[batch.labels].mean(0), batch, "")
+
+
+# Checkpoints
+
+
+def identity(config, data):
+    """What must not change when a run is resumed."""
+    run = {f.name: str(getattr(config, f.name)) for f in fields(Run)}
+    return run | {"data (SHA-256)": data.meta["sha256"]["train.bin"]}
+
+
+def save_checkpoint(parts, data, config, machine, done):
+    """Write ckpt.pt; the one before becomes ckpt.prev.pt. At any moment one of the two is complete."""
+    if machine.rank == 0:
+        out, state = Path(config.out), {name: part.state_dict() for name, part in parts.items()}
+        state |= dict(step=done, run=identity(config, data), log_bytes=os.path.getsize(out / "log.jsonl"))
+        with atomic(out / "ckpt.new.pt") as f:
             torch.save(state, f)
-        except RuntimeError as e:  # what torch makes of a full disk
-            raise OSError(f"the disk is full, torch.save says: {str(e).splitlines()[0]}") from e
-    if path.exists():
-        os.replace(path, path.with_name("ckpt.prev.pt"))
-    os.replace(path.with_name("ckpt.new.pt"), path)
-
-
-def checkpoints(out):
-    """The files to go on from, the newer first; ckpt.new.pt, not yet in place, is none."""
-    return [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt") if path.exists()]
+        if (out / "ckpt.pt").exists():
+            os.replace(out / "ckpt.pt", out / "ckpt.prev.pt")
+        os.replace(out / "ckpt.new.pt", out / "ckpt.pt")
 
 
 def load_checkpoint(out):
-    """The state in ckpt.pt, or in ckpt.prev.pt if that is damaged; None if there is neither."""
-    problems = []
-    for candidate in checkpoints(out):
-        try:
-            damaged = zipfile.ZipFile(candidate).testzip()  # torch.load checks no checksums
-            if damaged is None:
-                state = torch.load(candidate, map_location="cpu", weights_only=True)
-                for problem in problems:
-                    print(f"warning: {problem}; going on from {candidate}", flush=True)
-                return state
-            problems.append(f"{candidate}: damaged at {damaged}")
-        except Exception as e:
-            problems.append(f"{candidate}: cannot be read ({type(e).__name__})")
-    if problems:
-        fail("; ".join(problems) + "; move them away to start from the beginning")
+    """The state in ckpt.pt, or in ckpt.prev.pt if that is damaged; None if there is no checkpoint."""
+    paths = [path for path in (Path(out) / "ckpt.pt", Path(out) / "ckpt.prev.pt") if path.exists()]
+    for path in paths:
+        with suppress(Exception):
+            if zipfile.ZipFile(path).testzip() is None:  # torch.load compares no checksums
+                return torch.load(path, map_location="cpu", weights_only=True)
+        print(f"warning: {path} is damaged", flush=True)
+    if paths:
+        fail(f"{' and '.join(map(str, paths))}: damaged; move them away to start from the beginning")
 
 
-def same_run(config, saved):
-    """Refuse to go on with a checkpoint of another run, naming the field and both values."""
-    derived = ("norm", "n_embd_dec", "n_positions")  # named only if nothing else is to blame
-    for f in sorted(fields(Config), key=lambda f: f.name in derived):
-        old, new = saved.get(f.name), getattr(config, f.name)
-        old = tuple(old) if f.type is tuple else old
-        free = f.name in ("out", "data") or f.metadata.get("may_change")
-        if f.name == "init":
-            free = bool(new and old) and os.path.realpath(new) == os.path.realpath(old)
-        if old != new and not free:
-            fail(
-                f"--{f.name} {new or 'missing'}: the run in {config.out} has {old or 'none'}; go "
-                "on with that, or choose another --out"
-            )
+def resume(parts, data, config, machine):
+    """Load the checkpoint of config.out into model, optimizer and scaler. Returns how many steps are done, 0
+    if there is no checkpoint."""
+    state = load_checkpoint(config.out)
+    here = identity(config, data)
+    old = state["run"] if state else here
+    differ = [f"{name} {old[name]}, not {here[name]}" for name in old if here[name] != old[name]]
+    if differ:
+        fail(f"{config.out}: has a run with {'; '.join(differ)}; for a new run choose another --out")
+    if machine.rank == 0 and not config.eval_only:  # what was logged after the checkpoint comes again
+        with open(Path(config.out) / "log.jsonl", "ab") as f:
+            f.truncate(min(f.tell(), state["log_bytes"]) if state else 0)
+    if state is None:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]
 
 
-class Log:
-    """log.jsonl: a JSON object a line. A run that goes on from a step drops what came after it."""
+# The machine
 
-    def __init__(self, path, step):
-        self.path = path
-        lines = []
-        if path.exists():
-            for line in path.read_bytes().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        lines.append(line.decode() + "\n")
-                except (ValueError, KeyError, TypeError):
-                    continue  # torn by a crash
-        with atomic(path, "w") as f:
-            f.writelines(lines)
-        self.lines = [json.loads(line) for line in lines if '"val_loss"' in line]
-
-    def write(self, entry):
-        try:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(entry) + "\n")
-        except OSError as e:
-            fail(f"{self.path}: cannot be written ({e.strerror}); the last checkpoint is whole")
-        if "val_loss" in entry:
-            self.lines.append(entry)
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+PEAKS = {  # FLOP/s of dense bf16 or fp16 products, by what a GPU's name contains
+    "H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
 
 
-@contextmanager
-def interrupts():
-    """A list that a SIGTERM or Ctrl-C is put into, so that a step can be finished first; a second
-    one ends the program at once."""
-    caught = []
+@dataclass
+class Machine:
+    """This process: its rank among world processes, its device, and the precision of its products."""
 
-    def handler(number, frame):
-        if caught:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        caught.append(number)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            with suppress(OSError):  # nobody may be reading
-                os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
 
-    old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for s, h in old.items():
-            signal.signal(s, h)
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
+    def sum(self, values):
+        """A list or vector of numbers, each summed over the processes; a list."""
+        values = torch.as_tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values.tolist()
 
-# The loop
-
-
-def train(model, data, config, machine, log, state, caught):
-    """Steps from where `state` (a checkpoint or None) ends up to max_steps, or until a signal is
-    caught. Returns the number of steps done, and whether a signal, to any process, ended it."""
-    out, raw = Path(config.out), model
-    optimizer = make_optimizer(raw, config)
-    scaler = torch.amp.GradScaler(machine.device.type) if machine.dtype == torch.float16 else None
-    first = 0
-    if state is not None:
-        first = state["step"]
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        state.clear()  # gigabytes, for a large model
-    if machine.world > 1:
-        gpu = [machine.device] if machine.device.type == "cuda" else None
-        model = DistributedDataParallel(model, gpu, gradient_as_bucket_view=True)  # saves a copy
-    if use_compile(config, machine):
-        model.compile()  # in place: the parameters keep their names
-    k, n_m, _ = counts(config.seq_len, config.mask_rate, config.strategy)
-    row_flops = 3 * flops.forward(raw.config, config.seq_len, n_m, k)  # backward takes 2 x forward
-    peak = peak_flops(machine)
-    val = validation_batches(data, config)
-
-    def save(done):
-        if machine.rank == 0:
-            state = {
-                "step": done, "config": asdict(config), "data": data.meta["sha256"],
-                "model": raw.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler and scaler.state_dict(),
-            }  # fmt: skip
-            save_checkpoint(out / "ckpt.pt", state)
-
-    bar = tqdm(
-        total=config.max_steps, initial=first, desc="training", unit="step",
-        disable=None if machine.rank == 0 else True,
-    )  # fmt: skip
-    batch = step_batch(data, config, first, machine.device)
-    clock, since = time.perf_counter(), first
-    for step in range(first, config.max_steps):
-        lr = lr_at(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = backward(model, batch, config, step, machine, scaler)
-        done, current = step + 1, batch
-        if done < config.max_steps:  # made while the device is busy with this one
-            batch = step_batch(data, config, done, machine.device)
-        if scaler:
-            scaler.unscale_(optimizer)
-        grads = [p.grad for p in raw.parameters()]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if config.grad_clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(raw.parameters(), config.grad_clip, norm)
-        loss, stop = machine.sum([float(loss) / machine.world, len(caught)])
-        stop_if_diverged(loss, float(norm), scaler, step, lr, out)
-        if scaler:
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        bar.update()
-        if done % config.log_every == 0 or done == config.max_steps:
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            rows_per_s = (done - since) * config.batch_size / seconds
-            since = done
-            if machine.rank == 0:
-                entry = {
-                    "step": done, "loss": loss, "lr": lr, "grad_norm": finite(norm),
-                    "tokens_per_s": round(rows_per_s * config.seq_len),
-                    "mfu": peak and round(rows_per_s * row_flops / (peak * machine.world), 4),
-                    # of the step's rows and masks: do two runs see the same?
-                    "rows": zlib.crc32(current.inputs.cpu().numpy().tobytes()),
-                }  # fmt: skip
-                log.write(entry)
-                machine.say(
-                    f"step {done:>6}/{config.max_steps}  loss {loss:.3f}  lr {lr:.2e}  grad "
-                    f"{norm:.2f}  {entry['tokens_per_s']:,} tok/s"
-                    + (f"  mfu {entry['mfu']:.0%}" if peak else "")
-                )
-        stopping = stop > 0 or done == config.max_steps
-        if done % config.eval_every == 0 or done == config.max_steps:
-            start = time.perf_counter()
-            entry = {"step": done} | evaluate(raw, val, config, machine)
-            if machine.rank == 0:
-                log.write(entry)
-            machine.say(
-                f"step {done:>6}/{config.max_steps}  validation loss {entry['val_loss']:.3f}  "
-                f"perplexity {number(entry['ppl'])}, of masked tokens {number(entry['ppl_masked'])}"
-            )
-            clock += time.perf_counter() - start
-        if done % config.save_every == 0 or stopping:
-            start = time.perf_counter()
-            save(done)
-            clock += time.perf_counter() - start
-        if stopping:
-            break
-    bar.close()
-    return done, stop > 0
+    def say(self, text):
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
 
-def use_compile(config, machine):
-    if config.compile == "auto":
-        return machine.device.type == "cuda"
-    return config.compile == "yes"
+def this_machine(device, dtype):
+    """The Machine for this process: CUDA, MPS or CPU; bf16 where the hardware has it, fp16 on older GPUs,
+    else fp32."""
+    if platform.libc_ver()[0] == "glibc":
+        # By default every large tensor is mapped and unmapped, which is half of a CPU's step:
+        for parameter, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: never map; M_TRIM_THRESHOLD: never trim
+            ctypes.CDLL(None).mallopt(parameter, value)
+    torch.set_float32_matmul_precision("high")
+    auto = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    name = auto if device == "auto" else device
+    if name not in (auto, "cpu"):
+        fail(f"--device {name}: torch sees none here; use --device cpu")
+    best = torch.float32
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        best = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    elif name == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        best = torch.bfloat16
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return Machine(rank, world, torch.device(name), DTYPES.get(dtype, best))
 
 
-def stop_if_diverged(loss, norm, scaler, step, lr, out):
-    """Before the optimizer moves, so that the last checkpoint is a good one. fp16's scaler skips
-    a step with infinite gradients and lowers its scale; only when that does not help has the run
-    diverged."""
-    fine = math.isfinite(norm) if scaler is None else scaler.get_scale() > 1e-4
-    if not (math.isfinite(loss) and fine):
-        what = "go on from its checkpoint" if (out / "ckpt.pt").exists() else "start again"
-        fail(
-            f"step {step + 1}, lr {lr:.2e}: loss {loss}, gradient norm {norm}: the run in {out} "
-            f"has diverged; {what} with --grad_clip 1 (Table 4's advice), or lower --lr in another "
-            "--out"
-        )
+def peak_flops(machine):
+    """The published peak of a known GPU in FLOP/s; None for others, rather than a wrong one."""
+    if machine.device.type == "cuda" and machine.dtype is not torch.float32:
+        name = torch.cuda.get_device_name(machine.device)
+        return next((peak for key, peak in PEAKS.items() if key in name), None)
 
 
-# What a person wants to see at the end
+def flops_per_row(config, rate):
+    """FLOPs of a row forward and backward, which takes twice as long: 3 x forward."""
+    k, n_m, _ = counts(config.seq_len, rate, config.strategy)
+    return 3 * flops.forward(config, config.seq_len, n_m, k)
 
 
-def unigram_nats(data, batch, counted=1 << 24):
-    """by_kind's sums for the model that knows how frequent words are and nothing else."""
-    freq = np.bincount(data.tokens["train"][:counted], minlength=data.vocab.size).astype(float)
-    freq[special_ids(data.vocab)] = 0  # never to be predicted
-    nats = -np.log((freq + 1) / (freq + 1).sum())
-    return by_kind(torch.from_numpy(nats[batch.labels.numpy()]), batch)
-
-
-def report(model, data, config, machine, log, steps):
-    """Print perplexities, filled-in sentences, FLOPs, and where things lie."""
-    val, last = validation_batches(data, config), log.lines[-1]
-    names = ["ppl", "ppl_masked", "ppl_replaced", "ppl_unchanged"]
-    shown = {"self": "3ML-self", "cross": "3ML-cross", "none": "vanilla MLM"}[config.decoder]
-    print(
-        f"\n{'validation perplexity':<36}{'all':>9}{'masked':>9}{'replaced':>10}{'unchanged':>11}"
-    )
-    for rate, batch in val.items():
-        tag = "_15" if rate != config.mask_rate else ""
-        rows = (
-            (shown, [last[name + tag] for name in names]),
-            ("unigram", [perplexity(x) for x in means(unigram_nats(data, batch))]),
-        )
-        for name, values in rows:
-            cells = [number(x) for x in values]
-            label = f"{name}, {rate:.0%} of tokens predicted"
-            print(f"{label:<36}{cells[0]:>9}{cells[1]:>9}{cells[2]:>10}{cells[3]:>11}")
-    show_sentences(model, data, val[COMMON_RATE], config, machine)
-    k, n_m, _ = counts(config.seq_len, config.mask_rate, config.strategy)
-    spent = 3 * flops.forward(model.config, config.seq_len, n_m, k)
-    k, n_m, _ = counts(config.seq_len, COMMON_RATE, config.strategy)
-    vanilla = replace(model.config, decoder="none")
-    vanilla = 3 * flops.forward(vanilla, config.seq_len, n_m, k)
-    rows = steps * config.batch_size
-    print(
-        f"\nFLOPs of {rows * config.seq_len:,} tokens, forward and backward: "
-        f"{spent * rows:.2e}; vanilla MLM at 15% takes {vanilla * rows:.2e}, {vanilla / spent:.2f} "
-        "times as many"
-    )
-    out = Path(config.out)
-    what = "the encoder and its head" if config.decoder == "none" else "the encoder"
-    print(
-        f"\n{out}/hf: {what}, for  python finetune.py --task CoLA --glue GLUE_DIR --init {out}/hf"
-    )
-    print(f"{' ' * len(str(out))}     or  transformers.AutoModel.from_pretrained('{out}/hf')")
-    print(f"{out}/log.jsonl: the numbers of the run; {out}/ckpt.pt: everything, the decoder too")
-
-
-@torch.no_grad()
-def show_sentences(model, data, batch, config, machine, number=5, length=36):
-    """Validation text at the common rate with the model's guesses in place of its [MASK]s."""
-    if importlib.util.find_spec("tokenizers") is None:
-        print("\n(to see validation text with its masks filled in: pip install tokenizers)")
-        return
-    tokenizer, _ = load_tokenizer(data.tokenizer)
-    spread = torch.linspace(0, len(batch.inputs) - 1, number).long()
-    batch = Corrupted(*(x[spread] for x in batch[:-1]), batch.n_replaced).to(machine.device)
-    model.eval()
-    with machine.autocast():
-        guesses = model.logits(batch).argmax(-1).cpu()  # (number, k)
-    model.train()
-    print("\nvalidation text, [guess] where a [MASK] was guessed right, [guess/truth] where not:")
-    n_m = batch.masked.size(1)
-    for i in range(len(guesses)):
-        text = batch.inputs[i].cpu()
-        text[batch.predict[i].cpu()] = batch.labels[i].cpu()
-        words = [tokenizer.decode([t]) for t in text.tolist()]
-        for at, guess in zip(batch.masked[i].tolist(), guesses[i, :n_m].tolist()):
-            space = " " * words[at].startswith(" ")
-            guess, truth = tokenizer.decode([guess]).strip(), words[at].strip()
-            words[at] = f"{space}[{guess}]" if guess == truth else f"{space}[{guess}/{truth}]"
-        print("  " + " ".join("".join(words[1 : 1 + length]).split()))
-
-
-# The run
+# The command
 
 
 def prepare_run(config, machine):
-    """Data and model of a run; makes the default corpus where there is none yet."""
-    share = config.batch_size / machine.world
-    micro = min(config.micro_batch_size, share)
-    if share % 1 or share % micro:
-        fail(
-            f"--batch_size {config.batch_size}: must divide into equal shares for {machine.world} "
-            f"process(es), and these into equal micro-batches of at most {config.micro_batch_size}"
-        )
-    if config.data == DEFAULT_DATA:
-        if machine.rank == 0 and not (Path(config.data) / "meta.json").exists():
-            machine.say(f"no data yet: making {config.data} from the installed Python's docstrings")
-            prepare_default(config.data)
+    """Data and model of a run. Makes the default corpus where there is none yet."""
+    if config.batch_size % machine.world:
+        fail(f"--batch_size {config.batch_size}: must be a multiple of {machine.world}, the processes")
+    if config.data == DEFAULT_DATA and not (Path(config.data) / "meta.json").exists():
+        if machine.rank == 0:
+            machine.say(f"no data yet: preparing {config.data} from the docstrings of the installed Python")
+            prepare_default_data([])
         if machine.world > 1:
             dist.barrier()
     data = Data(config.data)
-    for part in ("train", "val"):
-        if data.n_rows(part, config.seq_len) < 1:
-            fail(f"{config.data}/{part}.bin: shorter than one row of --seq_len {config.seq_len}")
+    config.vocab_size = data.vocab.size
     torch.manual_seed(seed_of(config.seed, 4))
-    model = MaskedLM(model_config(config, data.vocab.size))
-    if config.init and not checkpoints(Path(config.out)):
-        shape, encoder = load_pretrained(config.init)
-        if shape.vocab_size != data.vocab.size:
-            fail(
-                f"--init {config.init}: vocabulary of {shape.vocab_size}, {config.data} has "
-                f"{data.vocab.size}; prepare the data with its --tokenizer"
-            )
-        model.encoder.load_state_dict(encoder.state_dict())
-    return data, model
+    model = MaskedLM(config)
+    if config.init:
+        try:
+            model.encoder.load_state_dict(load_pretrained(config.init)[1].state_dict())
+        except RuntimeError as e:
+            advice = "prepare the data with its tokenizer.json, and give no flags for the encoder's shape"
+            fail(f"--init {config.init}: {str(e).splitlines()[-1]}; {advice}")
+    return data, model.to(machine.device)
 
 
-def resume(config, machine, data, model):
-    """(state, log) to go on with: the checkpoint's, or (None, new log)."""
-    out = Path(config.out)
-    state = load_checkpoint(out)
-    if state is not None:
-        same_run(config, state["config"])
-        if state["data"] != data.meta["sha256"]:
-            fail(f"--data {config.data}: not the data that the run in {out} was trained on")
-        if state["config"]["max_steps"] != config.max_steps:
-            machine.say(
-                f"warning: --max_steps was {state['config']['max_steps']}, is {config.max_steps}: "
-                "the learning rate's schedule changes with it"
-            )
-        model.load_state_dict(state.pop("model"))
-        machine.say(f"{out}: {state['step']} of {config.max_steps} steps are done")
-    step = state["step"] if state else 0
-    if machine.sum([step])[0] != step * machine.world:
-        fail(
-            f"{out}: not the same checkpoint for every process; --out must be on a shared file "
-            "system"
-        )
-    return state, Log(out / "log.jsonl", step) if machine.rank == 0 else None
-
-
-def main(argv=None):
-    config, eval_only = parse(argv)
-    with start(config) as machine, lock(config.out) if machine.rank == 0 else nullcontext():
+@command
+def main(argv):
+    recipes = "\n".join(f"  {name}: {values or 'those below'}" for name, values in RECIPES.items())
+    config = parse_flags(Config, argv, f"{__doc__}\nRecipes and their defaults:\n{recipes}", presets)
+    machine, out = this_machine(config.device, config.dtype), Path(config.out)
+    if machine.world > 1:
+        dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    with lock(out) if machine.rank == 0 else nullcontext():
         data, model = prepare_run(config, machine)
-        out = Path(config.out)
-        if eval_only and not checkpoints(out):
-            fail(f"--eval_only: no checkpoint in {out}")
-        state, log = resume(config, machine, data, model)
-        if machine.rank == 0 and not eval_only:
-            with atomic(out / "config.json", "w") as f:
-                json.dump(asdict(config) | {"torch": torch.__version__}, f, indent=1)
-        model.to(machine.device, torch.float64 if machine.dtype == torch.float64 else torch.float32)
-        k, n_m, n_r = counts(config.seq_len, config.mask_rate, config.strategy)
-        machine.say(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters on {machine.world} x "
-            f"{machine.device.type} in {str(machine.dtype)[6:]}; rows of {config.seq_len}: {n_m} "
-            f"masked, {n_r} replaced, {k - n_m - n_r} unchanged; "
-            f"{data.n_rows('train', config.seq_len):,} rows an epoch, "
-            f"{data.left_over(config.seq_len)} tokens left over"
-        )
-        finished = state is not None and state["step"] >= config.max_steps
-        if finished and not eval_only:
-            machine.say("the run is finished; for a new one, choose another --out")
-        if finished or eval_only:
-            steps = state["step"]
-            entry = evaluate(model, validation_batches(data, config), config, machine)
-            if machine.rank == 0:
-                log.lines.append({"step": steps} | entry)
+        scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
+        parts = dict(model=model, optimizer=make_optimizer(model, config), scaler=scaler)
+        first = resume(parts, data, config, machine)
+        size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        machine.say(f"{size} on {machine.world} x {machine.device}, {machine.dtype}; {first} steps are done")
+        val = validation_batches(data, config)
+        if config.eval_only or first >= config.max_steps:
+            if first == 0:
+                fail(f"--eval_only: there is no checkpoint in {out}")
+            entry = dict(step=first) | evaluate(model, val, config, machine)
         else:
-            with interrupts() as caught:
-                steps, stopped = train(model, data, config, machine, log, state, caught)
-            if stopped:
-                machine.say(f"stopped after step {steps}; the same command goes on from there")
-                sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
+            if machine.rank == 0:
+                with atomic(out / "config.json", "w") as f:
+                    json.dump(asdict(config) | {"torch": torch.__version__}, f, indent=1)
+            entry, first = train(parts, data, val, config, machine, first), config.max_steps
         if machine.rank == 0:
-            try:
-                save_pretrained(model, out / "hf", data.tokenizer)
-            except OSError as e:
-                fail(f"{out}/hf: {e}; free some space, then the same command writes it")
-            report(model, data, config, machine, log, steps)
+            save_pretrained(model, out / "hf", data.tokenizer)
+            print(f"\nevaluation:          {shown(entry)}")
+            print(f"word frequency only: {shown(unigram(data, val['']))}")
+            print(f"{out}/hf is the encoder, for finetune.py and transformers; {out}/ckpt.pt has everything")
 
 
 if __name__ == "__main__":
-    command(main, "interrupted")
+    main()
