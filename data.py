@@ -53,9 +53,9 @@ class Corrupted(NamedTuple):
     labels: torch.Tensor  # (B, k) the original tokens there
     n_replaced: int  # with n_m it cuts predict into its three kinds
 
-    def rows(self, *which):
-        """The same for some rows: (start, stop) or (start, stop, step)."""
-        return Corrupted(*(x[slice(*which)] for x in self[:-1]), self.n_replaced)
+    def rows(self, start, stop):
+        """The same for rows start to stop."""
+        return Corrupted(*(x[start:stop] for x in self[:-1]), self.n_replaced)
 
     def to(self, device):
         return Corrupted(*(x.to(device, non_blocking=True) for x in self[:-1]), self.n_replaced)
