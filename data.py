@@ -25,7 +25,7 @@ import os
 import re
 import sys
 import sysconfig
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
@@ -75,12 +75,11 @@ def counts(n, rate, strategy=(0.8, 0.1, 0.1)):
 
 
 def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab, generator=None):
-    """Choose k tokens of every row to predict: n_m become [MASK], n_replaced a random word, the rest stay as
-    they are.
+    """Choose k tokens of every row to predict: n_m become [MASK], n_replaced a random word, the rest stay.
 
     tokens (B, n) int64 -> Corrupted, on the device of tokens. Special tokens are never chosen and never
     drawn. Raises ValueError where a row has fewer than k ordinary tokens (on a CPU; elsewhere the check would
-    stall the device, and Data.batch has made sure of it)."""
+    stall the device, and Data.rows has made sure of it)."""
     k, n_m, n_replaced = counts(tokens.size(1), rate, strategy)
     special = is_special(tokens, vocab)
     if tokens.device.type == "cpu" and int((~special).sum(1).min()) < k:
@@ -117,30 +116,27 @@ def special_ids(vocab):
 
 
 def is_special(tokens, vocab):
-    """Where a tensor or array of ids holds a special token."""
-    return functools.reduce(lambda found, i: found | (tokens == i), special_ids(vocab), tokens < 0)
+    """Where a tensor or array of ids holds a special token, as bools of its shape."""
+    return sum(tokens == i for i in special_ids(vocab)) > 0
 
 
 # Rows: prepared data -> batches
 
 
 class Data:
-    """A prepared folder: .meta, .vocab, .tokenizer (path of the file), .tokens, and rows of these.
+    """A prepared folder. Row i of the part "train" is <s>, the tokens i (n - 2) to (i + 1)(n - 2) of
+    train.bin, and </s> (RoBERTa's FULL-SENTENCES). Tokens after the last full row are not used.
 
-    A row is n - 2 consecutive tokens between <s> and </s> (RoBERTa's FULL-SENTENCES): row i of the part
-    "train" is tokens i (n - 2) to (i + 1)(n - 2) of train.bin. The tokens behind the last full row are not
-    used."""
+    .meta: meta.json; .vocab: a Vocab; .tokenizer: path of tokenizer.json; .tokens: {part: array of ids}."""
 
     def __init__(self, directory):
-        self.directory = Path(directory)
-        self.meta = read_meta(directory)
-        self.vocab = Vocab(**self.meta["vocab"])
-        self.tokenizer = self.directory / "tokenizer.json"
-        self.tokens = {}
+        self.directory, self.meta, self.tokens = Path(directory), read_meta(directory), {}
+        self.vocab, self.tokenizer = Vocab(**self.meta["vocab"]), self.directory / "tokenizer.json"
+        dtype = np.dtype(self.meta["dtype"])
         for part, count in self.meta["tokens"].items():
-            path, dtype = self.directory / f"{part}.bin", np.dtype(self.meta["dtype"])
+            path = self.directory / f"{part}.bin"
             if path.stat().st_size != count * dtype.itemsize:
-                fail(f"{path}: {path.stat().st_size} bytes, not {count} {dtype} tokens; prepare it again")
+                fail(f"{path}: has not the {count:,} tokens that meta.json names; prepare it again")
             self.tokens[part] = np.memmap(path, dtype, "r")
 
     def n_rows(self, part, n):
@@ -154,8 +150,8 @@ class Data:
         return torch.from_numpy(self.rows("train", np.array(indices, np.int64), n, k))
 
     def rows(self, part, indices, n, k):
-        """Rows of a part at an array of indices, (B, n) int64. In place of a row of mostly separators, which
-        has fewer than k ordinary tokens, comes the next one in the file that has enough."""
+        """Rows of a part at an array of indices, (B, n) int64. A row of mostly separators, with fewer than k
+        ordinary tokens, is replaced by the next row of the file that has enough."""
         count = self.n_rows(part, n)
         tokens = self.tokens[part][: count * (n - 2)].reshape(count, n - 2)
         rows = np.empty((len(indices), n), np.int64)
@@ -163,8 +159,8 @@ class Data:
         for _ in range(count):
             rows[:, 1:-1] = tokens[indices]
             if rows.max() >= self.vocab.size:
-                fail(f"{self.directory}/{part}.bin: has token {rows.max()}; prepare it again")
-            short = (~is_special(rows, self.vocab)).sum(1) < k
+                fail(f"{self.directory}/{part}.bin: contains the token {rows.max()}; prepare it again")
+            short = is_special(rows, self.vocab).sum(1) > n - k
             if not short.any():
                 return rows
             indices = np.where(short, (indices + 1) % count, indices)
@@ -207,8 +203,9 @@ def read_documents(files, doc, title):
             text, unfinished = "", False
             for line in chain(read_lines(path, bar), [""]):  # "" is the end of the file
                 text += line
-                ends = not line or line.endswith("\n") if doc == "line" else not line.strip()
-                ends = not line if doc == "file" else ends
+                ends = (
+                    not line or (doc == "line" and line[-1] == "\n") or (doc == "blank" and not line.strip())
+                )
                 if ends or len(text) >= PIECE:
                     body = text.rstrip()
                     if body or unfinished:
@@ -218,8 +215,8 @@ def read_documents(files, doc, title):
 
 
 def write_tokens(pieces, tokenizer, vocab, dtype, out, val_every):
-    """Write train.bin and val.bin, with </s> behind each document; every val_every-th document goes to
-    val.bin, the first one included. Returns the number of documents."""
+    """Write train.bin and val.bin, with </s> after each document; every val_every-th document, the first one
+    included, goes to val.bin. Returns the number of documents."""
     count = 0
     with atomic(out / "train.bin") as train, atomic(out / "val.bin") as val:
         while chunk := list(islice(pieces, 256)):
@@ -235,20 +232,18 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val_every
     """Tokenize text files into the folder `out`; the top of this file says what is written there.
 
     files: paths; doc: what a document is, "blank" (lines up to a blank one), "line" or "file"; tokenizer: a
-    tokenizer.json, or None to train one with vocab_size tokens; every val_every-th document is for
-    validation."""
+    tokenizer.json, or None to train one with vocab_size tokens; val_every: see write_tokens."""
     out = Path(out)
     with lock(out):
         if (out / "meta.json").exists():
             fail(f"{out}: already prepared; use it, choose another --out, or delete it to start again")
         if tokenizer is None:
-            print(f"training a byte-level BPE with {vocab_size} tokens", flush=True)
+            print(f"training a byte-level BPE with {vocab_size:,} tokens", flush=True)
             step = 1 + sum(map(os.path.getsize, files)) // BPE_SAMPLE
             pieces = islice(read_documents(files, doc, "reading"), 0, None, step)
             tokenizer = train_bpe((text for text, _ in pieces), vocab_size, out / "tokenizer.json")
         tokenizer, vocab = load_tokenizer(tokenizer)
-        with atomic(out / "tokenizer.json", "w") as f:
-            f.write(tokenizer.to_str(pretty=True))
+        write(out / "tokenizer.json", tokenizer.to_str(pretty=True))
         dtype = np.dtype(np.uint16 if vocab.size <= 1 << 16 else np.uint32)
         pieces = read_documents(files, doc, "tokenizing")
         count = write_tokens(pieces, tokenizer, vocab, dtype, out, val_every)
@@ -257,9 +252,9 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val_every
             fail(f"{files[0]}: {count} document(s), too few for training and validation; see --doc")
         meta = dict(vocab=asdict(vocab), dtype=dtype.name, tokens=tokens)
         meta["sha256"] = {name: sha256_of(out / name) for name in ("train.bin", "val.bin", "tokenizer.json")}
-        with atomic(out / "meta.json", "w") as f:
-            json.dump(meta, f, indent=1)
-    print(f"{out}: {count:,} documents, {vocab.size:,} words, tokens: {tokens}")
+        write(out / "meta.json", json.dumps(meta, indent=1))
+    tokens = ", ".join(f"{count:,} tokens for {part}" for part, count in tokens.items())
+    print(f"{out}: {count:,} documents, a vocabulary of {vocab.size:,}, {tokens}")
 
 
 def sha256_of(path):
@@ -287,8 +282,8 @@ def verify(directory):
 
 
 def load_tokenizer(path):
-    """(tokenizers.Tokenizer, Vocab) of a tokenizer.json with RoBERTa's special tokens. "<s>" in a text is
-    plain text."""
+    """(tokenizers.Tokenizer, Vocab) of a tokenizer.json with RoBERTa's special tokens, which texts cannot
+    contain: there, "<s>" is plain text."""
     from tokenizers import Tokenizer, processors
 
     try:
@@ -313,35 +308,27 @@ def train_bpe(texts, vocab_size, path):
     first = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer.train_from_iterator(texts, vocab_size - 1, special_tokens=first, show_progress=False)
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
-    with atomic(path, "w") as f:
-        f.write(tokenizer.to_str())
+    write(path, tokenizer.to_str())
     return path
 
 
 # The default corpus: English prose that every installation carries
 
 
-def long_strings(path):
-    """The docstrings and other string constants of 40 words and more in a .py file, without blank lines."""
-    try:
-        nodes = ast.walk(ast.parse(path.read_bytes()))
-    except (SyntaxError, ValueError):
-        return []
-    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    texts = [inspect.cleandoc(text).splitlines() for text in texts if len(text.split()) >= 40]
-    return ["\n".join(filter(str.strip, lines)) for lines in texts]
-
-
 def write_python_docs(path):
-    """Write the documentation inside the Python standard library, numpy and torch to a text file: about 10
-    MB."""
+    """Write the docstrings and other long strings in Python's library, numpy and torch: about 10 MB."""
     texts = {}  # a dict keeps the order and drops repetitions
     for root in (sysconfig.get_paths()["stdlib"], *np.__path__, *torch.__path__):
-        for file in tqdm(sorted(Path(root).rglob("*.py")), f"reading {root}", unit="file", disable=None):
-            if not {"site-packages", "dist-packages"} & set(file.relative_to(root).parts):
-                texts.update(dict.fromkeys(long_strings(file)))
-    with atomic(path) as f:
-        f.write("\n\n".join(texts).encode("utf-8", "ignore"))
+        files = (
+            f for f in sorted(Path(root).rglob("*.py")) if "site-packages" not in f.relative_to(root).parts
+        )
+        for file in tqdm(files, f"reading {root}", unit="file", disable=None):
+            with suppress(SyntaxError, ValueError):
+                for node in ast.walk(ast.parse(file.read_bytes())):
+                    text = getattr(node, "value", None)
+                    if isinstance(text, str) and len(text.split()) >= 40:
+                        texts["\n".join(filter(str.strip, inspect.cleandoc(text).splitlines()))] = True
+    write(path, "\n\n".join(texts).encode("utf-8", "ignore").decode())
 
 
 # Plumbing that all scripts share
@@ -359,8 +346,7 @@ def fail(message):
 
 
 def command(main):
-    """Decorator of a script's main: an unreadable or unwritable file is one line on stderr, Ctrl-C has no
-    traceback."""
+    """Decorator of a script's main: errors that the user can fix are one line on stderr."""
 
     @functools.wraps(main)
     def run(argv=None):
@@ -378,8 +364,7 @@ def command(main):
 
 @contextmanager
 def atomic(path, mode="wb"):
-    """Open `path` for writing under a temporary name. It gets its own name when everything is on disk, or
-    never. Raises OSError."""
+    """Open `path` for writing; until everything is on disk it has a temporary name. Raises OSError."""
     tmp = Path(f"{path}.tmp")
     try:
         tmp.parent.mkdir(parents=True, exist_ok=True)
@@ -394,10 +379,15 @@ def atomic(path, mode="wb"):
         tmp.unlink(missing_ok=True)
 
 
+def write(path, text):
+    """Write a text file, whole or not at all."""
+    with atomic(path, "w") as f:
+        f.write(text)
+
+
 @contextmanager
 def lock(directory, wait=False):
-    """Let one process at a time work in a folder. The lock ends with its process, so it is never stale.
-    Windows has no such locks: there, nothing is locked."""
+    """Let one process at a time work in a folder. The lock ends with the process. Windows has none."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     with open(Path(directory) / ".lock", "w") as f:
         try:
@@ -412,9 +402,9 @@ def lock(directory, wait=False):
 
 
 def parse_flags(config_class, argv, description, presets=lambda given: {}):
-    """An instance of a dataclass from the command line: every field with a comment behind it is a flag, and
-    the comment is its help. Numbers must be 0 or more, whole numbers whose default is not 0 must be 1 or
-    more. presets: a function from the given flags to other defaults."""
+    """A dataclass from the command line: every field with a comment is a flag, and the comment is its help.
+    Numbers must be at least 0, or at least 1 if they are whole and their default is not 0. presets: a
+    function from the given flags to other defaults."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

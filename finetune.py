@@ -23,8 +23,8 @@ import itertools
 import json
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import UserError, Vocab, atomic, command, fail, load_tokenizer, lock, parse_flags, seed_of
+from data import UserError, Vocab, command, fail, load_tokenizer, lock, parse_flags, seed_of, write
 from model import Classifier, load_pretrained, save_pretrained
-from train import lr_at, make_optimizer, this_machine
+from train import lr_at, make_optimizer, this_machine, update
 
 # Metrics of predictions p and labels y, arrays; an undefined metric is 0
 
@@ -108,7 +108,8 @@ TASKS = {
     "RTE": Task(S1, S2, "label", ENTAILMENT, ("acc",)),
 }  # fmt: skip
 FROM_MNLI = ("RTE", "STS-B", "MRPC")  # these start from MNLI's model (Table 5)
-LARGE_TASKS = ("QQP", "MNLI", "QNLI")
+GRID = dict(seed=range(5), lr=[1e-5, 3e-5, 5e-5, 8e-5], batch_size=[16, 32], epochs=[3, 5, 10])  # Table 5
+LARGE_GRID = GRID | dict(lr=[5e-5, 8e-5], batch_size=[32], epochs=[3, 5])  # of MNLI, QQP and QNLI
 AVERAGE = "GLUE's is over all eight; a task's score is the mean of its metrics, MNLI's of m and mm"
 
 
@@ -124,23 +125,23 @@ def read_table(path):
 
 
 def read_split(path, task, labelled=True):
-    """(texts, or pairs of texts; labels: class numbers or scores; how many malformed rows were dropped) of a
-    file. A malformed row is an error, except where the official file has some."""
-    rows = read_table(path)
-    names = list(task.header) if task.header and labelled else rows.pop(0)
+    """(texts, or pairs of texts; class numbers or scores; how many malformed rows were dropped) of a file. A
+    malformed row is an error, except where the official file has some."""
+    rows, has_header = read_table(path), not (task.header and labelled)
+    names = rows.pop(0) if has_header else list(task.header)
     wanted = [task.a] + [task.b] * bool(task.b) + [task.label] * labelled
     for name in wanted:
         if name not in names:
             fail(f"{path}: line 1 names no column {name!r}, only {', '.join(names)}")
     texts, labels = [], []
-    for number, row in enumerate(rows, 1 if task.header and labelled else 2):
+    for number, row in enumerate(rows, 1 + has_header):
         if len(row) == len(names):
             a, *b = (row[names.index(name)].strip() for name in wanted)
             if labelled:
                 labels.append(read_label(b.pop(), task, f"{path}: line {number}"))
             texts.append((a, *b) if b else a)
         elif not task.bad_rows:
-            fail(f"{path}: line {number} has {len(row)} fields, line 1 has {len(names)}; fix the file")
+            fail(f"{path}: line {number} has {len(row)} fields, not {len(names)}; fix the file")
     if not texts:
         fail(f"{path}: contains no examples")
     return texts, np.array(labels), len(rows) - len(texts)
@@ -148,24 +149,23 @@ def read_split(path, task, labelled=True):
 
 def read_label(text, task, where):
     """The number of a class, or a score."""
-    try:
+    with suppress(ValueError):
         label = task.labels.index(text) if task.labels else float(text)
-    except ValueError:
-        label = np.nan
+        if np.isfinite(label):
+            return label
     expected = f"one of {', '.join(task.labels)}" if task.labels else "a number"
-    return label if np.isfinite(label) else fail(f"{where}: label {text!r} is not {expected}")
+    fail(f"{where}: label {text!r} is not {expected}")
 
 
 def own_task(flags):
     """The Task of --train, --dev and --test; its classes are the labels of the training file."""
     names, *rows = read_table(flags.train)
-    if "label" not in names:
-        fail(f"{flags.train}: line 1 names no column 'label'")
-    column = names.index("label")
-    labels = tuple(sorted({row[column].strip() for row in rows if len(row) == len(names)}))
-    if not flags.regression and not 2 <= len(labels) <= 1000:
-        fail(f"{flags.train}: {len(labels)} different labels; classes need 2 or more (numbers: --regression)")
-    labels, metrics = (None, ("pearson", "spearman")) if flags.regression else (labels, ("acc",))
+    labels, metrics = None, ("pearson", "spearman")
+    if not flags.regression and "label" in names:
+        column, metrics = names.index("label"), ("acc",)
+        labels = tuple(sorted({row[column].strip() for row in rows if len(row) == len(names)}))
+        if not 2 <= len(labels) <= 1000:
+            fail(f"{flags.train}: {len(labels)} classes, too few or too many (numbers: --regression)")
     train, dev, *tests = (str(Path(f).absolute()) for f in (flags.train, flags.dev, flags.test) if f)
     answers = [Path(test).stem for test in tests]
     return Task(S1, S2 if S2 in names else None, "label", labels, metrics, train, (dev,), tests, answers)
@@ -189,22 +189,21 @@ def pad(examples, device):
     return tokens, tokens != Vocab.pad
 
 
-def epoch_batches(lengths, batch_size, seed, epoch):
-    """Arrays of example numbers, shuffled. Examples of a batch are of similar length, so that there is little
-    padding: sorted by length give or take a tenth, which puts others together in every epoch."""
-    rng = np.random.default_rng((seed, epoch))
-    order = np.argsort(lengths * rng.uniform(0.9, 1.1, len(lengths)))
+def batches_of(examples, batch_size, rng=None):
+    """Arrays of example numbers. Examples of a batch have similar lengths, so that there is little padding.
+    An rng shuffles the batches, and varies the lengths by a tenth so that other examples come together."""
+    lengths = np.array([len(x) for x in examples])
+    order = np.argsort(lengths * rng.uniform(0.9, 1.1, len(lengths)) if rng else lengths)
     batches = np.split(order, range(batch_size, len(order), batch_size))
-    return [batches[i] for i in rng.permutation(len(batches))]
+    return [batches[i] for i in rng.permutation(len(batches))] if rng else batches
 
 
 @torch.no_grad()
 def predict(model, examples, machine, batch_size=64):
     """Logits (number of examples, C) as an array, in the order of the examples."""
     model.eval()
-    order = np.argsort([len(x) for x in examples], kind="stable")
     logits = np.empty((len(examples), len(model.labels)))
-    for batch in np.split(order, range(batch_size, len(order), batch_size)):
+    for batch in batches_of(examples, batch_size):
         tokens, mask = pad([examples[i] for i in batch], machine.device)
         with machine.autocast():
             logits[batch] = model(tokens, mask).float().cpu().numpy()
@@ -215,38 +214,38 @@ def predict(model, examples, machine, batch_size=64):
 
 
 def fine_tune(model, examples, labels, point, machine, title=""):
-    """Train a Classifier on lists of ids and an array of labels; point: lr, batch_size, epochs, seed (Table
-    5)."""
-    lengths, regression = np.array([len(x) for x in examples]), len(model.labels) == 1
+    """Train a Classifier on lists of ids and an array of labels; point: lr, batch_size, epochs, seed."""
+    regression, rng = len(model.labels) == 1, np.random.default_rng(point["seed"])
     labels = torch.tensor(labels, dtype=torch.float32 if regression else torch.int64)
-    steps = -(-len(examples) // point["batch_size"]) * point["epochs"]
-    schedule = SimpleNamespace(lr=point["lr"], max_steps=steps, warmup=0.06, weight_decay=0.1)
+    batches = [b for _ in range(point["epochs"]) for b in batches_of(examples, point["batch_size"], rng)]
+    schedule = SimpleNamespace(
+        lr=point["lr"], max_steps=len(batches), warmup=0.06, weight_decay=0.1
+    )  # Table 5
     optimizer = make_optimizer(model, schedule)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
-    epochs = (epoch_batches(lengths, point["batch_size"], point["seed"], e) for e in range(point["epochs"]))
     model.train()
-    for step, batch in enumerate(tqdm(chain.from_iterable(epochs), title, steps, disable=None, leave=False)):
+    for step, batch in enumerate(tqdm(batches, title, disable=None, leave=False)):
         torch.manual_seed(seed_of(point["seed"], 5, step))  # dropout
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, schedule)
         tokens, mask = pad([examples[i] for i in batch], machine.device)
         y = labels[batch].to(machine.device)  # (B,)
         with machine.autocast():
             logits = model(tokens, mask).float()  # (B, C)
         loss = F.mse_loss(logits[:, 0], y) if regression else F.cross_entropy(logits, y)
         scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        update(optimizer, scaler, lr_at(step, schedule))
 
 
 def load_examples(name, task, flags, tokenizer):
     """[(ids, labels) of a task's training file, the same of each development file]."""
-    splits = [read_split(Path(flags.glue or "", name, f), task) for f in (task.train, *task.dev)]
-    encoded = [encode(texts, tokenizer, flags.max_len) for texts, _, _ in splits]
-    (texts, _, dropped), (_, cut) = splits[0], encoded[0]
-    print(f"{name}: {len(texts):,} examples, {cut:,} of them cut; {dropped} malformed ones", flush=True)
-    return [(ids, labels) for (ids, _), (_, labels, _) in zip(encoded, splits)]
+    splits = []
+    for file in (task.train, *task.dev):
+        texts, labels, dropped = read_split(Path(flags.glue or "", name, file), task)
+        ids, cut = encode(texts, tokenizer, flags.max_len)
+        print(
+            f"{name}/{file}: {len(ids):,} examples, {cut:,} cut to {flags.max_len} tokens, {dropped} dropped"
+        )
+        splits.append((ids, labels))
+    return splits
 
 
 def run_once(title, name, task, splits, point, init, machine):
@@ -261,30 +260,27 @@ def run_once(title, name, task, splits, point, init, machine):
     model.to(machine.device)
     fine_tune(model, *train, point, machine, title)
     metrics, collapsed = {}, False
-    for (examples, labels), ending in zip(devs, ("-m", "-mm") if name == "MNLI" else ("",)):
+    for (examples, labels), suffix in zip(devs, ("-m", "-mm") if len(devs) > 1 else ("",)):
         logits = np.nan_to_num(predict(model, examples, machine))
         p = logits.argmax(1) if task.labels else logits[:, 0]
-        metrics |= {m + ending: METRICS[m](p, labels) for m in task.metrics}
-        collapsed |= bool(np.ptp(p) < 1e-3)  # one answer for all examples, as from a run that diverged
-    result = dict(title=title, task=name, **point, metrics=metrics, collapsed=collapsed)
-    result["score"] = statistics.mean(metrics.values())
-    return result, model
+        metrics |= {m + suffix: METRICS[m](p, labels) for m in task.metrics}
+        collapsed |= bool(np.ptp(p) < 1e-3)  # the same answer for all examples
+    score = statistics.mean(metrics.values())
+    line = dict(title=title, task=name, **point, start=str(init), metrics=metrics, score=score)
+    return line | dict(collapsed=collapsed), model
 
 
 # Many runs
 
 
 def grid(name, flags):
-    """The runs of a task: Table 5's with --sweep, otherwise one; flags with several values make others. A
-    list of (title, point)."""
+    """The runs of a task, {title: point}: Table 5's with --sweep, or one; flags with several values add."""
     values = dict(seed=[0], lr=[5e-5], batch_size=[32], epochs=[3])
-    if flags.sweep and name in LARGE_TASKS:
-        values = dict(seed=range(5), lr=[5e-5, 8e-5], batch_size=[32], epochs=[3, 5])
-    elif flags.sweep:
-        values = dict(seed=range(5), lr=[1e-5, 3e-5, 5e-5, 8e-5], batch_size=[16, 32], epochs=[3, 5, 10])
+    if flags.sweep:
+        values = LARGE_GRID if name in ("MNLI", "QQP", "QNLI") else GRID
     points = itertools.product(*(getattr(flags, x) or values[x] for x in values))
     title = name + " seed {} lr {} batch_size {} epochs {}"
-    return [(title.format(*point), dict(zip(values, point))) for point in points]
+    return {title.format(*point): dict(zip(values, point)) for point in points}
 
 
 def read_results(flags):
@@ -294,7 +290,7 @@ def read_results(flags):
         try:
             run = json.loads(line)
         except ValueError:
-            fail(f"{path}: line {number} is damaged; delete it, and the run is made again")
+            fail(f"{path}: line {number} is damaged; delete it to repeat that run")
         for name, value in run["settings"].items():
             if getattr(flags, name) != value:
                 fail(f"--{name}: the runs in {path} have {value}; choose another --out")
@@ -302,50 +298,60 @@ def read_results(flags):
     return results
 
 
-def record(result, model, flags):
+def record(run, model, flags):
     """Append a run to results.jsonl, after saving its model if it is the task's best so far."""
-    with lock(flags.out, wait=True):  # processes that share the runs of a sweep take turns
-        rivals = [run["score"] for run in read_results(flags).values() if run["task"] == result["task"]]
-        if not result["collapsed"] and result["score"] > max(rivals, default=-2):
-            save_pretrained(model, Path(flags.out, result["task"], "hf"), Path(flags.init, "tokenizer.json"))
+    with lock(flags.out, wait=True):  # processes that share a sweep take turns
+        rivals = [r["score"] for r in read_results(flags).values() if r["task"] == run["task"]]
+        if not run["collapsed"] and run["score"] > max(rivals, default=-2):
+            save_pretrained(model, Path(flags.out, run["task"], "hf"), Path(flags.init, "tokenizer.json"))
         with open(Path(flags.out) / "results.jsonl", "a") as f:
-            f.write(json.dumps(result) + "\n")
-    metrics = "  ".join(f"{m} {100 * v:.1f}" for m, v in result["metrics"].items())
-    notes = " collapsed" * result["collapsed"] + " from MNLI's model" * result["from_mnli"]
-    print(f"{result['title']}: {metrics}{notes}", flush=True)
+            f.write(json.dumps(run) + "\n")
+    notes = " collapsed" * run["collapsed"] + f" from {run['start']}" * (run["start"] != flags.init)
+    print(f"{run['title']}: {percent(run['metrics'])}{notes}", flush=True)
 
 
 def wait_for(names, flags):
     """Wait until results.jsonl has all runs of these tasks, which other processes may still be making."""
-    while not {title for name in names for title, _ in grid(name, flags)} <= read_results(flags).keys():
+    while not {title for name in names for title in grid(name, flags)} <= read_results(flags).keys():
         time.sleep(5)
 
 
+def start_of(name, tasks, flags):
+    """The folder that a task's runs start from: MNLI's best model for three tasks, if there is one."""
+    parent = Path(flags.out, "MNLI", "hf")
+    if name in FROM_MNLI and "MNLI" in tasks:
+        wait_for(["MNLI"], flags)
+    return parent if name in FROM_MNLI and parent.exists() else flags.init
+
+
 def summarize(runs):
-    """Per task: for each seed the best run of the grid by score; of the seeds, the median and the range."""
+    """Per task: for each seed the best run of the grid by score; over the seeds, the median and the range."""
     summary = {}
     for name in dict.fromkeys(run["task"] for run in runs):
         mine = sorted((run for run in runs if run["task"] == name), key=lambda run: run["score"])
-        best = list({run["seed"]: run for run in mine}.values())  # the last one of a seed stays
+        best = list({run["seed"]: run for run in mine}.values())  # the last one of each seed
         scores = [run["score"] for run in best]
-        metrics = {m: statistics.median(run["metrics"][m] for run in best) for m in best[0]["metrics"]}
         summary[name] = dict(
-            score=statistics.median(scores), range=[min(scores), max(scores)], metrics=metrics
-        )
-        collapsed = sum(run["collapsed"] for run in mine)
-        summary[name] |= dict(seeds=len(best), runs=len(mine), collapsed=collapsed)
+            score=statistics.median(scores), range=[min(scores), max(scores)],
+            seeds=len(best), runs=len(mine),
+            metrics={m: statistics.median(run["metrics"][m] for run in best) for m in best[0]["metrics"]},
+            collapsed=sum(run["collapsed"] for run in mine),
+        )  # fmt: skip
     return summary
 
 
+def percent(metrics):
+    return "  ".join(f"{m} {100 * v:.1f}" for m, v in metrics.items())
+
+
 def print_table(summary):
-    """As Table 3: every metric in per cent, the median over the seeds."""
-    print(f"\n{'task':<9}{'metrics (%)':<34}{'score':>7}{'range':>14}{'seeds':>7}{'runs':>6}  notes")
+    """As Table 3: every metric in percent, the median over the seeds."""
+    row = "{:<9}{:<34}{:>7}{:>14}{:>7}{:>6}{:>11}"
+    print("\n" + row.format("task", "metrics (%)", "score", "range", "seeds", "runs", "collapsed"))
     for name, s in summary.items():
-        metrics = "  ".join(f"{m} {100 * v:.1f}" for m, v in s["metrics"].items())
-        spread = "-".join(f"{100 * x:.1f}" for x in s["range"])
-        notes = f"{s['collapsed']} collapsed" * (s["collapsed"] > 0)
-        columns = f"{100 * s['score']:>7.1f}{spread:>14}{s['seeds']:>7}{s['runs']:>6}"
-        print(f"{name:<9}{metrics:<34}{columns}  {notes}")
+        score, least, most = (f"{100 * x:.1f}" for x in (s["score"], *s["range"]))
+        spread = f"{least}-{most}"
+        print(row.format(name, percent(s["metrics"]), score, spread, s["seeds"], s["runs"], s["collapsed"]))
 
 
 def write_predictions(name, task, flags, tokenizer, machine):
@@ -363,8 +369,7 @@ def write_predictions(name, task, flags, tokenizer, machine):
         scores = logits[:, 0].clip(0, 5) if name == "STS-B" else logits[:, 0]
         classes = [task.labels[i] for i in logits.argmax(1)] if task.labels else None
         predictions = classes or [f"{x:.3f}" for x in scores]
-        with atomic(answers, "w") as f:
-            f.write("index\tprediction\n" + "".join(f"{i}\t{x}\n" for i, x in enumerate(predictions)))
+        write(answers, "index\tprediction\n" + "".join(f"{i}\t{x}\n" for i, x in enumerate(predictions)))
         print(f"{answers}: {len(predictions):,} predictions")
 
 
@@ -384,7 +389,7 @@ class Flags:
     epochs: list[int] = None  # passes over the training file (default: 3)
     seed: list[int] = 0  # seeds of head, order and dropout
     sweep: bool = False  # Table 5's grid and five seeds for what is not given
-    max_len: int = None  # tokens of an example (default: 128, or the encoder's n_positions)
+    max_len: int = None  # tokens of an example (default: 128, or the encoder's n_positions if fewer)
     predict: bool = False  # write the leaderboard's files
     train: str = None  # a task of your own: its training file
     dev: str = None  # its development file
@@ -418,26 +423,22 @@ def main(argv):
     if not 8 <= flags.max_len <= shape.n_positions or vocab.size > shape.vocab_size:
         fail(f"--max_len {flags.max_len}, or {vocab.size} words: too many for {flags.init}, or too few")
     tasks, machine = find_tasks(flags), this_machine("auto", flags.dtype)
-    settings, parent = dict(init=flags.init, max_len=flags.max_len), Path(flags.out, "MNLI", "hf")
+    settings = dict(settings=dict(init=flags.init, max_len=flags.max_len))
     for name, task in tasks.items():
-        done = read_results(flags)
-        todo = [run for run in grid(name, flags)[machine.rank :: machine.world] if run[0] not in done]
+        points, done = grid(name, flags), read_results(flags)
+        todo = [title for title in list(points)[machine.rank :: machine.world] if title not in done]
         splits = load_examples(name, task, flags, tokenizer) if todo else None
-        for title, point in todo:
-            from_mnli = name in FROM_MNLI and bool(flags.glue)
-            if from_mnli and "MNLI" in tasks:
-                wait_for(["MNLI"], flags)
-            from_mnli = from_mnli and parent.exists()
-            init = parent if from_mnli else flags.init
-            result, model = run_once(title, name, task, splits, point, init, machine)
-            record(result | dict(from_mnli=from_mnli, settings=settings), model, flags)
+        for title in todo:
+            init = start_of(name, tasks, flags)
+            run, model = run_once(title, name, task, splits, points[title], init, machine)
+            record(run | settings, model, flags)
     if machine.rank == 0:
         wait_for(tasks, flags)
-        results = list(read_results(flags).values())
-        summary = summarize(results)
+        runs = list(read_results(flags).values())
+        summary = summarize(runs)
         average = statistics.mean(s["score"] for s in summary.values())
-        with atomic(Path(flags.out) / "results.json", "w") as f:
-            json.dump(dict(summary=summary, average=average, definition=AVERAGE, runs=results), f, indent=1)
+        results = dict(summary=summary, average=average, definition=AVERAGE, runs=runs)
+        write(Path(flags.out) / "results.json", json.dumps(results, indent=1))
         print_table(summary)
         print(f"average of {len(summary)} tasks: {100 * average:.1f} ({AVERAGE})")
         for name in tasks if flags.predict or flags.test else []:

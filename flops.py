@@ -1,15 +1,14 @@
-"""Appendix D of the paper as code: the FLOPs of vanilla MLM and of 3ML, and the speed-ups they
-yield.
+"""Appendix D of the paper as code: the FLOPs of vanilla MLM and of 3ML, and the speed-ups they yield.
 
     python flops.py        Table 3's speed-ups beside the paper's, and the curve of Figure 5
 
-A multiply-add counts as two. Biases, activations, LayerNorm, softmax, dropout and the embedding
-look-up are left out (they are under 1%). The formulas take the masking rate r as a real number,
-as the paper does; `forward` takes the whole numbers of tokens that a real batch has, and torch's
-FlopCounterMode agrees with it to the last FLOP (test_3ml.py).
+A multiply-add counts as two. Biases, activations, LayerNorm, softmax, dropout and the embedding look-up are
+left out (they are under 1%). The formulas take the masking rate r as a real number, as the paper does;
+`forward` takes the whole numbers of tokens that a real batch has, and torch's FlopCounterMode agrees with it
+to the last FLOP (test_3ml.py).
 
-Symbols (Table 6): b batch size, u updates, l layers, n sequence length, d width, r masking rate,
-V vocabulary; _en encoder, _de decoder.
+Symbols (Table 6): b batch size, u updates, l layers, n sequence length, d width, r masking rate, V vocabulary;
+_en encoder, _de decoder.
 
 Where the paper's print and its own sums disagree, this file follows the sums:
   * phi_out is printed 2n^2d; 8nd^2 + 4n^2d needs 2nd^2.
@@ -55,8 +54,7 @@ def prediction_projected(n, r, d_en, d_de, V):
     return 2 * n * r * (d_de * d_en + d_en * V)
 
 
-# A training run, forward and backward counted as 2 x forward (as the paper does; ratios do not
-# care)
+# A training run. Forward and backward count as 2 x forward, as in the paper; for ratios it does not matter.
 
 
 def roberta(b, u, l, n, d, r, V):
@@ -82,9 +80,8 @@ def three_ml_cross(b, u, l_en, l_de, n, d_en, d_de, r, V):
 
 
 def forward(config, n, n_masked, k):
-    """Forward FLOPs of one row of n tokens, of which n_masked are [MASK] and k are predicted,
-    through a model.MaskedLM of this model.ModelConfig. Exact: whole numbers of tokens, all matrix
-    products."""
+    """Forward FLOPs of one row of n tokens, of which n_masked are [MASK] and k are predicted, through a
+    model.MaskedLM of this model.ModelConfig: exactly those of its matrix products."""
     d_en, d_de, V = config.n_embd, config.n_embd_dec, config.vocab_size
     last = 2 * k * d_en * V
     if config.decoder == "none":

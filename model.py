@@ -26,13 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, atomic
+from data import UserError, atomic, write
 
 
 @dataclass
 class ModelConfig:
-    """The shape of a model; vocab_size is V. Raises UserError where a field is out of range or two do not
-    fit."""
+    """The shape of a model; vocab_size is V. Raises UserError if the fields do not fit together."""
 
     vocab_size: int = 50265
     n_positions: int = 512  # longest row that the model can take
@@ -56,7 +55,7 @@ class ModelConfig:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, but three times as fast on a CPU: 16 random bits decide about an element, four a draw."""
+    """nn.Dropout, but three times as fast on a CPU: each random number decides about four elements."""
 
     def forward(self, x):
         if not self.training or self.p == 0 or x.device.type != "cpu":
@@ -72,17 +71,17 @@ class Attention(nn.Module):
     def __init__(self, d, config):
         super().__init__()
         self.head_size, self.drop = config.head_size, Dropout(config.dropout)
-        self.q = nn.Linear(d, d)
-        self.kv = nn.Linear(d, 2 * d)
-        self.out = nn.Linear(d, d)
+        self.q, self.k, self.v, self.out = (nn.Linear(d, d) for _ in range(4))
+
+    def heads(self, x):  # (B, T, d) -> (B, h, T, hs)
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
     def forward(self, x, memory=None, mask=None):
-        """x (B, T, d), memory (B, S, d), mask (B, 1, 1, S) bool, False where there is nothing to see -> (B,
-        T, d)."""
-        k, v = self.kv(x if memory is None else memory).chunk(2, dim=-1)  # (B, S, d) each
-        q, k, v = (z.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for z in (self.q(x), k, v))
+        """x (B, T, d), memory (B, S, d), mask (B, 1, 1, S) bool, False at padding -> (B, T, d)."""
+        memory = x if memory is None else memory
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(memory)), self.heads(self.v(memory))
         p = self.drop.p if self.training else 0.0
-        if p > 0 and x.device.type == "cpu":  # what SDPA does there, but with the faster dropout
+        if p > 0 and x.device.type == "cpu":  # the same as SDPA, but with the faster dropout
             scores = (q * self.head_size**-0.5) @ k.transpose(-2, -1)  # (B, h, T, S)
             scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
             x = self.drop(scores.softmax(-1)) @ v  # (B, h, T, hs)
@@ -96,15 +95,11 @@ class Block(nn.Module):
 
     def __init__(self, d, config, cross=False):
         super().__init__()
-        self.pre_norm = {"pre": True, "post": False}[config.norm]
-        self.attn = Attention(d, config)
-        self.ln1 = nn.LayerNorm(d)
+        self.pre_norm = config.norm == "pre"
+        self.attn, self.ln1 = Attention(d, config), nn.LayerNorm(d)
         if cross:
-            self.cross = Attention(d, config)
-            self.ln_cross = nn.LayerNorm(d)
-        self.fc1 = nn.Linear(d, 4 * d)
-        self.fc2 = nn.Linear(4 * d, d)
-        self.ln2 = nn.LayerNorm(d)
+            self.cross, self.ln_cross = Attention(d, config), nn.LayerNorm(d)
+        self.fc1, self.fc2, self.ln2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d), nn.LayerNorm(d)
         self.drop = Dropout(config.dropout)
 
     def mlp(self, x):
@@ -138,8 +133,7 @@ class Transformer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The part that is kept after pre-training: RoBERTa's encoder, whose tokens need not be neighbours
-    here."""
+    """The part that is kept after pre-training: RoBERTa's encoder. Here its tokens need not be adjacent."""
 
     def __init__(self, config):
         super().__init__()
@@ -187,9 +181,8 @@ class NoDecoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What both of 3ML's decoders have: a bridge from d_en to d_de, a learned [MASK] that lives among the
-    latents and not in the word embedding (section 2.2), position embeddings of their own (section 3.3),
-    blocks, FC1."""
+    """What 3ML's decoders share: a bridge from d_en to d_de, a learned [MASK] that is one of the latents, not
+    a word embedding (section 2.2), position embeddings of their own (section 3.3), blocks, and FC1."""
 
     def __init__(self, config, cross=False):
         super().__init__()
@@ -263,8 +256,7 @@ class MaskedLM(nn.Module):
 
 
 def init_weights(module):
-    """BERT's initialisation: N(0, 0.02) for matrices, 0 for biases, 1 for LayerNorm's scale (PyTorch's
-    default)."""
+    """BERT's initialisation: N(0, 0.02) for matrices and 0 for biases. LayerNorm keeps PyTorch's."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
@@ -292,39 +284,40 @@ class Classifier(nn.Module):
 
 # Hugging Face folders. A post-LN encoder is transformers' Roberta, a pre-LN one its RobertaPreLayerNorm.
 
-# The keys of ModelConfig.norm; with "." behind them these are the prefixes of transformers' parameter names
 HF_TYPES = {"post": "roberta", "pre": "roberta_prelayernorm"}
-HF_HEADS = {  # our modules outside the encoder, and transformers' names of them
-    "Model": {},
-    "ForMaskedLM": {"decoder.fc1": ["lm_head.dense"], "ln": ["lm_head.layer_norm"]},
-    "ForSequenceClassification": {"dense": ["classifier.dense"], "out": ["classifier.out_proj"]},
+HF_NAMES = {  # parts of the names of our encoder's parameters, and what they are called in transformers
+    "tok.": "embeddings.word_embeddings.", "pos.": "embeddings.position_embeddings.",
+    "ln.": "embeddings.LayerNorm.", "transformer.blocks.": "encoder.layer.",
+    "attn.q.": "attention.self.query.", "attn.k.": "attention.self.key.", "attn.v.": "attention.self.value.",
+    "attn.out.": "attention.output.dense.", "fc1.": "intermediate.dense.", "fc2.": "output.dense.",
+}  # fmt: skip
+HF_NORMS = {
+    "post": {"ln1.": "attention.output.LayerNorm.", "ln2.": "output.LayerNorm."},
+    "pre": {
+        "transformer.ln.": "LayerNorm.",
+        "ln1.": "attention.LayerNorm.",
+        "ln2.": "intermediate.LayerNorm.",
+    },
 }
+HF_HEADS = {  # our modules outside the encoder: the head of vanilla MLM, and the classifier's
+    "decoder.fc1": "lm_head.dense", "ln": "lm_head.layer_norm", "": "lm_head",
+    "dense": "classifier.dense", "out": "classifier.out_proj",
+}  # fmt: skip
 
 
-def hf_names(config, head, prefix):
-    """{our parameter: the one or two parameters of transformers that it is the concatenation of}."""
-    ln1, ln2 = ("attention.output.LayerNorm", "output.LayerNorm")
-    modules = HF_HEADS[head] | {"encoder.ln": [f"{prefix}embeddings.LayerNorm"]}
-    if config.norm == "pre":
-        ln1, ln2 = "attention.LayerNorm", "intermediate.LayerNorm"
-        modules["encoder.transformer.ln"] = [f"{prefix}LayerNorm"]
-    block = {
-        "attn.q": ["attention.self.query"], "attn.kv": ["attention.self.key", "attention.self.value"],
-        "attn.out": ["attention.output.dense"], "ln1": [ln1], "fc1": ["intermediate.dense"],
-        "fc2": ["output.dense"], "ln2": [ln2],
-    }  # fmt: skip
-    for i in range(config.n_layer):
-        for ours, theirs in block.items():
-            names = [f"{prefix}encoder.layer.{i}.{name}" for name in theirs]
-            modules[f"encoder.transformer.blocks.{i}.{ours}"] = names
-    names = {f"{x}.{p}": [f"{y}.{p}" for y in modules[x]] for x in modules for p in ("weight", "bias")}
-    names["encoder.tok.weight"] = [f"{prefix}embeddings.word_embeddings.weight"]
-    names["encoder.pos.weight"] = [f"{prefix}embeddings.position_embeddings.weight"]
-    return names | ({"bias": ["lm_head.bias"]} if head == "ForMaskedLM" else {})
+def hf_name(name, norm):
+    """What transformers calls a parameter of ours."""
+    module, _, kind = name.rpartition(".")
+    if module in HF_HEADS:
+        return f"{HF_HEADS[module]}.{kind}"
+    name = name.removeprefix("encoder.")
+    for ours, theirs in (HF_NORMS[norm] | HF_NAMES).items():
+        name = name.replace(ours, theirs)
+    return f"{HF_TYPES[norm]}.{name}"
 
 
 def hf_config(config):
-    """transformers' config.json of an encoder. Its positions begin behind <pad>'s id, at 2."""
+    """transformers' config.json of an encoder. Its positions start at 2, after the id of <pad>."""
     return dict(
         model_type=HF_TYPES[config.norm].replace("_", "-"), vocab_size=config.vocab_size,
         hidden_size=config.n_embd, intermediate_size=4 * config.n_embd, num_hidden_layers=config.n_layer,
@@ -337,42 +330,38 @@ def hf_config(config):
 def save_pretrained(model, directory, tokenizer_file=None):
     """Write a Hugging Face folder: config.json, pytorch_model.bin and, given a tokenizer.json, the tokenizer.
 
-    model is a MaskedLM (3ML: its encoder alone, since transformers has no class for the decoder; vanilla MLM:
-    with its head, as ForMaskedLM), or a Classifier (as ForSequenceClassification). Raises OSError."""
-    config, state, settings = model.config, model.state_dict(), hf_config(model.config)
-    head = "ForMaskedLM" if config.decoder == "none" else "Model"
-    if isinstance(model, Classifier):
-        head = "ForSequenceClassification"
-        settings["id2label"] = dict(enumerate(model.labels))
-        settings["label2id"] = {label: i for i, label in enumerate(model.labels)}
-    prefix = HF_TYPES[config.norm] + "."
-    weights = {f"{prefix}embeddings.token_type_embeddings.weight": torch.zeros(1, config.n_embd)}
-    for ours, theirs in hf_names(config, head, prefix).items():
-        p = state[ours].float().cpu()
-        p = F.pad(p, (0, 0, 2, 0)) if ours == "encoder.pos.weight" else p
-        weights.update(zip(theirs, (part.clone() for part in p.chunk(len(theirs)))))
+    model: a MaskedLM (3ML: the encoder alone, since transformers has no class for the decoder; vanilla MLM:
+    the head too, as ForMaskedLM), or a Classifier (as ForSequenceClassification). Raises OSError."""
+    config, settings, labels = model.config, hf_config(model.config), getattr(model, "labels", [])
+    with_head = labels or config.decoder == "none"
+    state = {
+        n: p.float().cpu() for n, p in model.state_dict().items() if with_head or n.startswith("encoder.")
+    }
+    state["encoder.pos.weight"] = F.pad(state["encoder.pos.weight"], (0, 0, 2, 0))
+    weights = {hf_name(name, config.norm): p.clone() for name, p in state.items()}
+    token_type = f"{HF_TYPES[config.norm]}.embeddings.token_type_embeddings.weight"
+    weights[token_type] = torch.zeros(1, config.n_embd)
+    with atomic(Path(directory) / "pytorch_model.bin") as f:
+        torch.save(weights, f)
+    if labels:
+        settings["id2label"] = dict(enumerate(labels))
+        settings["label2id"] = {label: i for i, label in enumerate(labels)}
     files = {"config.json": settings}
     if tokenizer_file is not None:
-        with atomic(Path(directory) / "tokenizer.json") as f:
-            f.write(Path(tokenizer_file).read_bytes())
+        write(Path(directory) / "tokenizer.json", Path(tokenizer_file).read_text(encoding="utf-8"))
         files["tokenizer_config.json"] = dict(
             tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.n_positions, bos_token="<s>",
             eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>", unk_token="<unk>",
             mask_token="<mask>",
         )  # fmt: skip
-    with atomic(Path(directory) / "pytorch_model.bin") as f:
-        torch.save(weights, f)
     for name, content in files.items():
-        with atomic(Path(directory) / name, "w") as f:
-            json.dump(content, f, indent=1)
+        write(Path(directory) / name, json.dumps(content, indent=1))
 
 
 def load_pretrained(directory, n_classes=None):
     """Read a Hugging Face folder of type roberta or roberta-prelayernorm: (ModelConfig, Encoder) in fp32, or
-    with n_classes (ModelConfig, Classifier), from a folder that save_pretrained wrote of one.
-
-    ModelConfig.decoder is "none": such a folder holds no decoder. Raises UserError, in one line that names
-    the file, where something is missing or is not what this file can build."""
+    with n_classes (ModelConfig, Classifier). ModelConfig.decoder is "none", since such a folder contains no
+    decoder. Raises UserError, naming the file that is missing or that does not fit."""
     path = Path(directory) / "config.json"
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
@@ -387,28 +376,25 @@ def load_pretrained(directory, n_classes=None):
                 raise UserError(f"{name} is {hf[name]!r}, must be {expected[name]!r}")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: not the config.json of a RoBERTa encoder ({e})") from e
-    theirs, prefix = read_weights(Path(directory)), HF_TYPES[config.norm] + "."
-    if not any(name.startswith(prefix) for name in theirs):
-        prefix = ""  # saved from the bare RobertaModel
-    model = Classifier(config, n_classes or 1)
-    state = model.state_dict()
+    theirs, model = read_weights(Path(directory)), Classifier(config, n_classes or 1)
+    prefix, state = HF_TYPES[config.norm] + ".", model.state_dict()
     try:
-        head = "ForSequenceClassification" if n_classes else "Model"
-        for ours, parts in hf_names(config, head, prefix).items():
-            state[ours] = torch.cat([theirs[name].float() for name in parts])
+        theirs = {name.removeprefix(prefix): p.float() for name, p in theirs.items()}  # RobertaModel has none
+        for name in state:
+            if n_classes or name.startswith("encoder."):
+                state[name] = theirs[hf_name(name, config.norm).removeprefix(prefix)]
         # there is one token type, so its embedding belongs to every position
-        token_type = theirs.get(f"{prefix}embeddings.token_type_embeddings.weight", torch.zeros(1, 1))[0]
-        state["encoder.pos.weight"] = state["encoder.pos.weight"][2:] + token_type.float()
+        token_type = theirs.get("embeddings.token_type_embeddings.weight", torch.zeros(1, 1))[0]
+        state["encoder.pos.weight"] = state["encoder.pos.weight"][2:] + token_type
         model.load_state_dict(state)
-    except (KeyError, RuntimeError) as e:
+    except (KeyError, RuntimeError, AttributeError) as e:
         what = str(e).splitlines()[-1].strip()
         raise UserError(f"{directory}: the weights do not fit config.json ({what})") from e
     return config, model if n_classes else model.encoder
 
 
 def read_weights(directory):
-    """The tensors of pytorch_model.bin or model.safetensors; nothing in them is executed. Raises
-    UserError."""
+    """The tensors of pytorch_model.bin or model.safetensors; no code in them is run. Raises UserError."""
     path = directory / "pytorch_model.bin"
     try:
         if path.exists():

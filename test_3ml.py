@@ -1,10 +1,10 @@
-"""The tests, in the order of the files: model, data, flops, train, finetune.
+"""The tests, in the order of the files: model, data, flops, train, finetune; then bad input to all of them.
 
     pytest test_3ml.py
 
-Each compares with something independent (transformers, torch's own layers, scipy,
-FlopCounterMode, a count by hand) or holds two runs to a relation that a mistake would break. A
-comparison whose library is not installed is skipped."""
+Each test compares with something independent (transformers, torch's own layers, scipy, scikit-learn,
+FlopCounterMode, a count by hand), or holds two runs to a relation that a mistake would break. A comparison
+whose library is not installed is skipped."""
 
 import json
 import math
@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -66,40 +67,54 @@ def random_rows(B=4, n=20, vocab=VOCAB):
     return rows
 
 
-def random_batch(B=4, n=20, rate=0.5, seed=0, rows=None):
-    rows = random_rows(B, n) if rows is None else rows
-    g = torch.Generator().manual_seed(seed)
-    return corrupt(rows, rate, vocab=VOCAB, generator=g)
+def random_batch(rows=None, rate=0.5, seed=0):
+    rows = random_rows() if rows is None else rows
+    return corrupt(rows, rate, vocab=VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def padded_rows():
+    """tokens and attention_mask of rows of different lengths."""
+    tokens, mask = random_rows(), torch.arange(20) < torch.tensor([[20], [13], [7], [2]])
+    return tokens.masked_fill(~mask, VOCAB.pad), mask
 
 
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@contextmanager
+def refused(capsys, *words):
+    """What is done here must end with status 2 and with one line on stderr that has all these words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        yield
+    err = capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert e.value.code == 2 and len(errors) == 1 and "Traceback" not in err
+    assert all(word in errors[0] for word in words), errors[0]
+
+
 # ---------------------------------------------------------------------------------- model.py
 
 
-def hf_model(norm, head, **changes):
-    """A random `transformers` RoBERTa (post-LN) or RobertaPreLayerNorm of SHAPE's shape."""
+def hf_model(norm, head):
+    """A random RoBERTa (post-LN) or RobertaPreLayerNorm of transformers, in SHAPE's shape."""
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
     name = {"post": "Roberta", "pre": "RobertaPreLayerNorm"}[norm]
-    hf_config = getattr(transformers, f"{name}Config")(
-        vocab_size=99, max_position_embeddings=22, num_hidden_layers=2, hidden_size=32,
-        num_attention_heads=2, intermediate_size=128, type_vocab_size=1, layer_norm_eps=1e-5,
-        **changes,
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=99, max_position_embeddings=22, num_hidden_layers=2, hidden_size=32, num_attention_heads=2,
+        intermediate_size=128, type_vocab_size=1, layer_norm_eps=1e-5,
     )  # fmt: skip
-    return shaken(getattr(transformers, f"{name}{head}")(hf_config))
+    return shaken(getattr(transformers, f"{name}{head}")(config))
 
 
 @BOTH_NORMS
 def test_vanilla_mlm_is_transformers_in_losses_and_gradients(norm, tmp_path):
     theirs = hf_model(norm, "ForMaskedLM")
     theirs.save_pretrained(tmp_path, safe_serialization=True)
-    pytest.importorskip("safetensors")
-    _, encoder = m.load_pretrained(tmp_path)
     ours = model_of(decoder="none", norm=norm)
-    ours.encoder.load_state_dict(encoder.state_dict())
-    head = dict(theirs.lm_head.named_parameters())
+    ours.encoder.load_state_dict(m.load_pretrained(tmp_path)[1].state_dict())
     ours.decoder.fc1.load_state_dict(theirs.lm_head.dense.state_dict())
     ours.ln.load_state_dict(theirs.lm_head.layer_norm.state_dict())
     ours.bias.data.copy_(theirs.lm_head.decoder.bias)
@@ -112,25 +127,20 @@ def test_vanilla_mlm_is_transformers_in_losses_and_gradients(norm, tmp_path):
 
     out.loss.backward()
     ours(batch).mean().backward()
-    close(ours.decoder.fc1.weight.grad, head["dense.weight"].grad)
-    close(ours.ln.bias.grad, head["layer_norm.bias"].grad)
-    close(ours.bias.grad, theirs.lm_head.decoder.bias.grad)
     grads = {name: p.grad for name, p in theirs.named_parameters()}
-    for name, names in m.hf_names(ours.config, "Model", m.HF_TYPES[norm] + ".").items():
-        grad = torch.cat([grads[x] for x in names])
-        close(ours.get_parameter(name).grad, grad[2:] if name == "encoder.pos.weight" else grad)
+    for name, p in ours.named_parameters():
+        grad = grads[m.hf_name(name, norm)]
+        close(p.grad, grad[2:] if name == "encoder.pos.weight" else grad)
 
 
 @BOTH_NORMS
 def test_encoder_on_kept_tokens_is_transformers_with_their_positions(norm, tmp_path):
     theirs = hf_model(norm, "Model")
     theirs.save_pretrained(tmp_path)
-    pytest.importorskip("safetensors")
-    _, encoder = m.load_pretrained(tmp_path)
     batch = random_batch()
     tokens = batch.inputs.gather(1, batch.kept)
     expected = theirs(input_ids=tokens, position_ids=batch.kept + 2).last_hidden_state
-    close(encoder.eval()(tokens, batch.kept), expected)
+    close(m.load_pretrained(tmp_path)[1].eval()(tokens, batch.kept), expected)
 
 
 @BOTH_NORMS
@@ -145,10 +155,9 @@ def test_block_is_torchs_transformer_layer(norm, cross):
     for name, ours in names.items():
         weights = block.get_submodule(ours).state_dict()
         if ours in ("attn", "cross"):
-            joined = {
-                f"in_proj_{p}": torch.cat([weights[f"q.{p}"], weights[f"kv.{p}"]]) for p in ("weight", "bias")
-            }
-            weights = joined | {f"out_proj.{p}": weights[f"out.{p}"] for p in ("weight", "bias")}
+            kinds = ("weight", "bias")
+            joined = {f"in_proj_{p}": torch.cat([weights[f"{x}.{p}"] for x in "qkv"]) for p in kinds}
+            weights = joined | {f"out_proj.{p}": weights[f"out.{p}"] for p in kinds}
         theirs.get_submodule(name).load_state_dict(weights)
     x, memory = torch.randn(3, 7, 32), torch.randn(3, 5, 32) if cross else None
     with torch.enable_grad():  # torch's fast path is another program
@@ -157,8 +166,7 @@ def test_block_is_torchs_transformer_layer(norm, cross):
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_is_a_fair_coin_per_element(p):
-    """Share, scale, independence of neighbours (four share a draw) and gradient, as F.dropout has
-    them."""
+    """Share, scale, independence of neighbours (four share a draw) and gradient, as F.dropout has them."""
     stats = pytest.importorskip("scipy.stats")
     x, drop = torch.ones(400_001, requires_grad=True), m.Dropout(p)
     y = drop(x)
@@ -174,15 +182,14 @@ def test_dropout_is_a_fair_coin_per_element(p):
 
 
 def test_attention_on_a_cpu_drops_weights_not_keys():
-    """Its expectation is attention without dropout, and padding stays unseen: against SDPA, by averaging."""
+    """Its expectation is attention without dropout, by SDPA, and padding stays unseen."""
     net, x = shaken(m.Attention(32, config_of(dropout=0.5))), torch.randn(1, 6, 32)
     mask = torch.tensor([1, 1, 1, 1, 0, 0], dtype=bool)[None, None, None]
     expected = net(x, mask=mask)
     net.train()
     samples = torch.stack([net(x, mask=mask) for _ in range(4000)])
     assert ((samples.mean(0) - expected).abs() < 5 * samples.std(0) / 4000**0.5 + 1e-6).all()
-    changed = x.clone()
-    changed[:, 4:] = 9
+    changed = x.index_fill(1, torch.tensor([4, 5]), 9.0)
     torch.manual_seed(1)
     a = net(x, mask=mask)
     torch.manual_seed(1)
@@ -193,9 +200,8 @@ def test_attention_on_a_cpu_drops_weights_not_keys():
 @BOTH_NORMS
 def test_what_a_mask_hides_never_reaches_the_model(decoder, norm):
     rows = random_rows()
-    batch = random_batch(rows=rows)
-    other = rows.scatter(1, batch.masked, (rows.gather(1, batch.masked) + 7) % 90 + 4)
-    changed = random_batch(rows=other)
+    batch = random_batch(rows)
+    changed = random_batch(rows.scatter(1, batch.masked, (rows.gather(1, batch.masked) + 7) % 90 + 4))
     n_m = batch.masked.size(1)
     assert torch.equal(batch.inputs, changed.inputs) and torch.equal(batch.predict, changed.predict)
     assert (batch.labels[:, :n_m] != changed.labels[:, :n_m]).all()
@@ -216,7 +222,7 @@ def test_order_in_memory_is_nothing_and_position_is_all(decoder):
     assert not torch.allclose(moved, logits, atol=1e-3)
     # kept tokens, with their positions, in another order: nothing changes
     close(net.logits(batch._replace(kept=batch.kept[:, torch.randperm(batch.kept.size(1))])), logits)
-    # two kept words exchange places: everything may change
+    # two kept words exchange places: everything in their row may change
     a, b = batch.kept[0, 2], batch.kept[0, 5]
     inputs = batch.inputs.clone()
     inputs[0, a], inputs[0, b] = batch.inputs[0, b], batch.inputs[0, a]
@@ -224,44 +230,24 @@ def test_order_in_memory_is_nothing_and_position_is_all(decoder):
     assert changed.tolist() == [True, False, False, False]
 
 
-def test_encoder_states_depend_on_kept_tokens_alone():
-    """Eight more tokens, all masked: 3ML's encoder sees the same, vanilla MLM's does not."""
-    short = random_batch(n=12)
-    longer = torch.cat([short.masked, torch.arange(12, 20).expand(4, -1)], dim=1)
-    inputs = torch.cat([short.inputs, torch.full((4, 8), VOCAB.mask)], dim=1)
-    k = torch.cat([longer, short.predict[:, short.masked.size(1) :]], dim=1)
-    long = Corrupted(inputs, short.kept, longer, k, k, short.n_replaced)
-    for decoder, same in (("self", True), ("cross", True), ("none", False)):
-        net, seen = model_of(decoder=decoder), []
-        net.encoder.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
-        net.logits(short), net.logits(long)
-        if decoder == "none":
-            seen = [x.gather(1, short.kept.unsqueeze(-1).expand(-1, -1, 32)) for x in seen]
-        assert torch.equal(*seen) == same
-
-
 def copy_rule(B, h, vocab):
-    """Rows whose second half repeats the first. Of each pair of twins one may be masked, the
-    other is kept; a quarter of the pairs stay whole, and one of their twins is predicted,
-    unchanged."""
-    half = torch.randint(4, vocab.size - 1, (B, h))
-    rows = torch.cat([half, half], dim=1)
+    """Rows whose second half repeats the first. Of each pair of twins at most one is masked; a quarter of the
+    pairs stay whole, and one of their twins is predicted, unchanged."""
+    rows = torch.randint(4, vocab.size - 1, (B, h)).repeat(1, 2)
     order, side = torch.rand(B, h).argsort(1), torch.randint(2, (B, h))
     chosen, n_m = order + h * side, h * 3 // 4
     masked, unchanged = chosen[:, :n_m].sort().values, chosen[:, n_m:].sort().values
     kept = torch.ones(B, 2 * h).scatter_(1, masked, 0).argsort(dim=1, descending=True, stable=True)
-    kept = kept[:, : 2 * h - n_m]
     predict = torch.cat([masked, unchanged], dim=1)
     inputs = rows.scatter(1, masked, vocab.mask)
-    return Corrupted(inputs, kept, masked, predict, rows.gather(1, predict), 0)
+    return Corrupted(inputs, kept[:, : 2 * h - n_m], masked, predict, rows.gather(1, predict), 0)
 
 
 @pytest.mark.parametrize(
     "decoder, norm", [("self", "post"), ("self", "pre"), ("cross", "pre"), ("none", "post"), ("none", "pre")]
 )
 def test_learns_a_rule_of_position_under_fresh_masks(decoder, norm):
-    """Chance is ln 12 = 2.5 nats; only positions and labels that belong together bring it near
-    0."""
+    """Chance is ln 12 = 2.5 nats; only positions and labels that belong together bring it near 0."""
     vocab, h = Vocab(size=17, mask=16), 6
     net = m.MaskedLM(m.ModelConfig(17, 2 * h, 2, 48, 24, decoder, 2, 48, norm, 0.0))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
@@ -274,10 +260,8 @@ def test_learns_a_rule_of_position_under_fresh_masks(decoder, norm):
         optimizer.step()
         if step % 50 == 49 and loss < 0.02:
             break
-    net.eval()
-    losses = net(copy_rule(512, h, vocab))
-    assert losses.mean() < 0.05
-    assert losses.mean(0).max() < 0.15  # masked and unchanged alike
+    losses = net.eval()(copy_rule(512, h, vocab))
+    assert losses.mean() < 0.05 and losses.mean(0).max() < 0.15  # masked and unchanged alike
 
 
 @pytest.mark.parametrize("decoder, l, d, millions", [
@@ -307,14 +291,14 @@ def test_parameters_are_counted_by_hand(decoder, l, d, millions):
     assert round(expected / 1e6) == millions
 
 
-TEXT = "the cat sat on the mat; a dog barked. "
-
-
-def tokenizer_file(folder, vocab_size=300, text=TEXT):
-    path = Path(folder) / "tokenizer.json"
-    data.train_bpe([text * 20, "Grüße, 你好\n  <mask> indeed\n" * 5], vocab_size, path)
-    data.load_tokenizer(path)[0].save(str(path))
-    return path
+def test_weights_start_as_berts_do():
+    net = m.MaskedLM(config_of(n_embd=256, n_embd_dec=128, head_size=64))
+    for name, p in net.named_parameters():
+        if name.endswith("weight") and p.dim() == 2 or name.endswith("decoder.mask"):
+            assert abs(p.mean()) < 5 * 0.02 / p.numel() ** 0.5, name
+            assert math.isclose(p.detach().std(), 0.02, rel_tol=0.3 if p.dim() == 1 else 0.05), name
+        else:
+            assert (p == (1 if name.endswith("weight") else 0)).all(), name
 
 
 @BOTH_NORMS
@@ -327,22 +311,40 @@ def test_hf_folder_is_transformers_model(norm, decoder, tmp_path):
     theirs, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert all("pooler" in name for name in info["missing_keys"])
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
-    theirs.eval()
-    tokens, mask = random_rows(), torch.arange(20) < torch.tensor([[20], [13], [7], [2]])
-    tokens[~mask] = VOCAB.pad
-    states = net.encoder(tokens, attention_mask=mask)
-    base = theirs.base_model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-    close(states[mask], base[mask])
+    tokens, mask = padded_rows()
+    base = theirs.eval().base_model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+    close(net.encoder(tokens, attention_mask=mask)[mask], base[mask])
     if decoder == "none":
         batch = random_batch()
-        close(
-            net.logits(batch),
-            theirs(batch.inputs).logits.gather(1, batch.predict[..., None].expand(-1, -1, 99)),
-        )
+        close(net.logits(batch), m.take(theirs(batch.inputs).logits, batch.predict))
     shape, encoder = m.load_pretrained(tmp_path)
-    assert asdict(shape) == asdict(replace(net.config, decoder="none", n_embd_dec=16, n_layer_dec=2))
-    for name, p in net.encoder.state_dict().items():
-        assert torch.equal(p, encoder.state_dict()[name]), name
+    assert asdict(shape) == asdict(replace(net.config, decoder="none"))
+    assert equal(net.encoder.state_dict(), encoder.state_dict())
+
+
+@BOTH_NORMS
+def test_saved_classifier_is_transformers(norm, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    net = classifier_of(norm=norm)
+    net.labels = ("yes", "no", "perhaps")
+    m.save_pretrained(net, tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokens, mask = padded_rows()
+    close(net(tokens, mask), theirs(tokens, attention_mask=mask.long()).logits)
+    assert theirs.config.id2label == {0: "yes", 1: "no", 2: "perhaps"}
+    close(m.load_pretrained(tmp_path, 3)[1].eval()(tokens, mask), net(tokens, mask))
+    with pytest.raises(ValueError):
+        m.load_pretrained(tmp_path, 2)
+
+
+TEXT = "the cat sat on the mat; a dog barked. "
+
+
+def tokenizer_file(folder, vocab_size=300, text=TEXT):
+    path = Path(folder) / "tokenizer.json"
+    data.train_bpe([text * 20, "Grüße, 你好\n  <mask> indeed\n" * 5], vocab_size, path)
+    data.load_tokenizer(path)[0].save(str(path))
+    return path
 
 
 def test_autotokenizer_gives_our_ids(tmp_path):
@@ -354,12 +356,11 @@ def test_autotokenizer_gives_our_ids(tmp_path):
         ids = ours.encode(text, add_special_tokens=False).ids
         assert theirs(text)["input_ids"] == [vocab.bos, *ids, vocab.eos]
         assert ours.decode(ids) == text
-    pair = theirs("the cat", "a dog")["input_ids"]
     a, b = (ours.encode(t, add_special_tokens=False).ids for t in ("the cat", "a dog"))
-    assert pair == [0, *a, 2, 2, *b, 2]
+    assert theirs("the cat", "a dog")["input_ids"] == [0, *a, 2, 2, *b, 2]
     assert theirs.mask_token_id == vocab.mask == vocab.size - 1
     assert vocab.mask in theirs("the <mask> sat")["input_ids"]
-    assert vocab.mask not in ours.encode("the <mask> sat").ids  # in a corpus it is mere text
+    assert vocab.mask not in ours.encode("the <mask> sat").ids  # in a corpus it is plain text
 
 
 # ----------------------------------------------------------------------------------- data.py
@@ -369,13 +370,13 @@ def test_autotokenizer_gives_our_ids(tmp_path):
 @pytest.mark.parametrize("rate", [0.15, 0.4, 0.5, 1.0])
 @pytest.mark.parametrize("strategy", [(0.8, 0.1, 0.1), (1, 0, 0), (0.8, 0.2, 0), (0.8, 0, 0.2), (0, 0, 1)])
 def test_corruption_has_exact_counts(n, rate, strategy):
-    if not 1 <= round(rate * (n - 2)) <= n - 2:
+    k = round(rate * (n - 2))
+    if not 1 <= k <= n - 2:
         with pytest.raises(ValueError):
             counts(n, rate, strategy)
         return
     rows = random_rows(8, n)
     batch = corrupt(rows, rate, strategy, vocab=VOCAB)
-    k = round(rate * (n - 2))
     n_m = round(strategy[0] * k)
     n_r = round((strategy[0] + strategy[1]) * k) - n_m
     assert batch.predict.shape == batch.labels.shape == (8, k) and batch.n_replaced == n_r
@@ -401,6 +402,9 @@ def test_specials_are_never_chosen_and_never_drawn():
     assert words.min() == 4 and words.max() == 97
     with pytest.raises(ValueError, match="mask_rate"):
         corrupt(rows, 1.0, vocab=VOCAB)
+    shuffled = Vocab(size=30, bos=29, pad=7, eos=3, unk=0, mask=12)  # another order of the special tokens
+    words = corrupt(torch.full((50, 20), 5), 1.0, (0, 1, 0), vocab=shuffled).inputs.unique()
+    assert set(words.tolist()) == set(range(30)) - {29, 7, 3, 0, 12}
 
 
 def test_masks_and_words_are_uniform_and_independent():
@@ -431,13 +435,6 @@ def test_masks_and_words_are_uniform_and_independent():
     assert 1e-4 < stats.chisquare(words.numpy()).pvalue < 1 - 1e-4
 
 
-def test_same_generator_state_same_masks():
-    rows = random_rows()
-    a, b, c = (random_batch(rows=rows, seed=s) for s in (1, 1, 2))
-    assert all(torch.equal(x, y) for x, y in zip(a[:-1], b[:-1]))
-    assert not torch.equal(a.predict, c.predict)
-
-
 TEXTS = [
     "The cat sat.\nOn the mat.",
     "A dog barked — twice.",
@@ -453,25 +450,19 @@ def prepared(folder, texts=TEXTS * 3, doc="blank", **options):
     return Data(Path(folder) / doc)
 
 
-def test_verify_finds_a_changed_bit_in_any_file(tmp_path, capsys):
-    folder = prepared(tmp_path).directory
-    data.main(["--verify", str(folder)])
-    for name in ("train.bin", "val.bin", "tokenizer.json"):
-        good = (folder / name).read_bytes()
-        (folder / name).write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:])
-        with pytest.raises(SystemExit):
-            data.main(["--verify", str(folder)])
-        assert name in capsys.readouterr().err
-        (folder / name).write_bytes(good)
-
-
-def test_a_prepared_folder_is_not_prepared_again(tmp_path, capsys):
+def test_a_prepared_folder_is_verified_and_not_prepared_again(tmp_path, capsys):
     folder = prepared(tmp_path).directory
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(SystemExit):
+    with refused(capsys, "already prepared"):
         prepared(tmp_path, ["other", "texts"])
-    assert "already prepared" in capsys.readouterr().err
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    data.main(["--verify", str(folder)])
+    for name in ("train.bin", "val.bin", "tokenizer.json"):  # one bit
+        good = before[name]
+        (folder / name).write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:])
+        with refused(capsys, name):
+            data.main(["--verify", str(folder)])
+        (folder / name).write_bytes(good)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -520,24 +511,21 @@ def test_long_documents_are_cut_between_lines(tmp_path, monkeypatch):
         assert documents(cut, part) == documents(whole, part)
 
 
-def test_roberta_layout_and_wide_ids(tmp_path):
+@pytest.mark.parametrize("size, dtype", [(50265, "uint16"), (65537, "uint32")])
+def test_roberta_layout_and_wide_ids(size, dtype, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    specials = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    for size, dtype in ((50265, "uint16"), (65537, "uint32")):
-        words = {**specials, **{c: i + 4 for i, c in enumerate(letters)}}
-        words |= {f"w{i}": i for i in range(len(words), size - 1)}
-        tokenizer = tokenizers.Tokenizer(
-            tokenizers.models.BPE(vocab={**words, "<mask>": size - 1}, merges=[])
-        )
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-        tokenizer.save(str(tmp_path / "roberta.json"))
-        (tmp_path / dtype).mkdir()
-        d = prepared(tmp_path / dtype, tokenizer=tmp_path / "roberta.json")
-        assert d.vocab == Vocab(size, 0, 1, 2, 3, size - 1) and d.meta["dtype"] == dtype
-        assert sorted(documents(d, "train") + documents(d, "val")) == sorted(TEXTS * 3)
+    words = dict(
+        zip(["<s>", "<pad>", "</s>", "<unk>", *tokenizers.pre_tokenizers.ByteLevel.alphabet()], range(size))
+    )
+    words |= {f"w{i}": i for i in range(len(words), size - 1)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={**words, "<mask>": size - 1}, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    tokenizer.save(str(tmp_path / "roberta.json"))
+    d = prepared(tmp_path, tokenizer=tmp_path / "roberta.json")
+    assert d.vocab == Vocab(size, 0, 1, 2, 3, size - 1) and d.meta["dtype"] == dtype
+    assert sorted(documents(d, "train") + documents(d, "val")) == sorted(TEXTS * 3)
 
 
 def test_rows_of_an_epoch_come_once_each_in_an_order_of_its_own(tmp_path):
@@ -547,26 +535,22 @@ def test_rows_of_an_epoch_come_once_each_in_an_order_of_its_own(tmp_path):
     everything = d.rows("train", np.arange(N), n, 1)
     assert (everything[:, 0] == 0).all() and (everything[:, -1] == 2).all()
     assert np.array_equal(everything[:, 1:-1].ravel(), d.tokens["train"][: N * 8])
-    steps = 2 * N // B + 1
-    seen = torch.cat([d.batch(s, B, n, 1, seed=5) for s in range(steps)]).tolist()
+    seen = torch.cat([d.batch(s, B, n, 1, seed=5) for s in range(2 * N // B + 1)]).tolist()
     epochs = [seen[:N], seen[N : 2 * N]]
-    for epoch in epochs:
-        assert sorted(epoch) == sorted(everything.tolist())
+    assert all(sorted(epoch) == sorted(everything.tolist()) for epoch in epochs)
     assert epochs[0] != epochs[1] and epochs[0] != everything.tolist()
     assert d.batch(3, B, n, 1, seed=5).tolist() == seen[3 * B : 4 * B]
     assert d.batch(3, B, n, 1, seed=6).tolist() != seen[3 * B : 4 * B]
 
 
-def test_a_row_of_separators_gives_way_to_the_next(tmp_path):
+def test_a_row_of_separators_gives_way_to_the_next(tmp_path, capsys):
     d = prepared(tmp_path, ["a"] * 40 + ["the cat sat on the mat; " * 20] * 2, doc="line")
     N = d.n_rows("train", 10)
-    rows = d.rows("train", np.arange(N), 10, 0)
+    rows, got = (d.rows("train", np.arange(N), 10, k) for k in (0, 6))
     words = (rows > 3).sum(1)
-    assert words.min() < 6 <= words.max()
-    got = d.rows("train", np.arange(N), 10, 6)
-    assert ((got > 3).sum(1) >= 6).all()
+    assert words.min() < 6 <= words.max() and ((got > 3).sum(1) >= 6).all()
     assert np.array_equal(got[words >= 6], rows[words >= 6])
-    with pytest.raises(SystemExit):
+    with refused(capsys, "mask_rate"):
         d.rows("train", np.arange(N), 10, 9)
 
 
@@ -577,12 +561,9 @@ def test_a_row_of_separators_gives_way_to_the_next(tmp_path):
 @pytest.mark.parametrize("rate", [0.15, 0.5])
 @pytest.mark.parametrize("d_de", [16, 32])
 def test_flops_are_those_of_the_real_forward_pass(decoder, rate, d_de):
-    net, batch = (model_of(decoder=decoder, n_embd_dec=d_de, n_layer_dec=3), random_batch(B=1, rate=rate))
-    with (
-        torch.no_grad(),
-        nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):
+    net = model_of(decoder=decoder, n_embd_dec=d_de, n_layer_dec=3)
+    batch, math_backend = random_batch(random_rows(1), rate), nn.attention.SDPBackend.MATH
+    with nn.attention.sdpa_kernel(math_backend), FlopCounterMode(display=False) as counter, torch.no_grad():
         net(batch)
     n_m, k = batch.masked.size(1), batch.predict.size(1)
     assert counter.get_total_flops() == flops.forward(net.config, 20, n_m, k)
@@ -594,19 +575,18 @@ def test_formulas_of_appendix_d_from_their_parts():
     def product(*sizes):
         return 2 * math.prod(sizes)
 
+    def attention(q, kv, d):
+        return 2 * product(q, d, d) + 2 * product(kv, d, d) + 2 * product(q, kv, d)
+
+    def layer(t, d):
+        return attention(t, t, d) + 2 * product(t, d, 4 * d)
+
     rng = np.random.default_rng(0)
     for _ in range(20):
         b, u, l, l_de = rng.integers(1, 30, 4).tolist()
         n, d, e, V = rng.integers(8, 4000, 4).tolist()
         r = rng.uniform(0.05, 0.95)
         n_m, n_e, k = 0.8 * r * n, n - 0.8 * r * n, r * n
-
-        def attention(q, kv, d):
-            return 2 * product(q, d, d) + 2 * product(kv, d, d) + 2 * product(q, kv, d)
-
-        def layer(t, d):
-            return attention(t, t, d) + 2 * product(t, d, 4 * d)
-
         head = product(k, d, V)
         vanilla = l * layer(n, d) + product(k, d, d) + head
         encoder = l * layer(n_e, d) + product(n_e, d, e) + head
@@ -676,8 +656,7 @@ def run_and_capture(argv, path):
     grads = []
 
     def hook(optimizer, *_):
-        groups = optimizer.param_groups
-        grads.append(torch.cat([p.grad.flatten() for group in groups for p in group["params"]]))
+        grads.append(torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]))
 
     handle = register_optimizer_step_pre_hook(hook)
     train.main(argv)
@@ -743,21 +722,16 @@ def test_a_finished_run_is_evaluated_and_not_changed(corpus, tmp_path, capsys):
     argv = arguments(corpus, tmp_path)
     train.main(argv)
     before = (tmp_path / "ckpt.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes()
-    last = capsys.readouterr().out.splitlines()[-5:]
+    last = capsys.readouterr().out.splitlines()[-3:]
     for again in (argv, [*argv, "--eval_only"], [*argv, "--max_steps", "3"]):
         train.main(again)
-        assert capsys.readouterr().out.splitlines()[-3:] == last[-3:]
-    assert before == ((tmp_path / "ckpt.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes())
-    for changes in (
-        dict(lr=0.5),
-        dict(seq_len=12),
-        dict(decoder="cross"),
-        dict(seed=1),
-        dict(strategy=(1, 0, 0)),
-    ):
-        with pytest.raises(SystemExit):
-            train.main(arguments(corpus, tmp_path, **changes))
-        assert f"{list(changes)[0]} " in capsys.readouterr().err
+        assert capsys.readouterr().out.splitlines()[-3:] == last
+    with data.lock(tmp_path), refused(capsys, "another process"):
+        train.main(argv)
+    others = dict(lr=0.5, seq_len=12, decoder="cross", seed=1, strategy=(1, 0, 0))
+    for field, value in others.items():
+        with refused(capsys, f"{field} "):
+            train.main(arguments(corpus, tmp_path, **{field: value}))
     assert before == ((tmp_path / "ckpt.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes())
 
 
@@ -767,9 +741,8 @@ def test_validation_is_the_mean_of_its_tokens(corpus, tmp_path):
     train.main(arguments(corpus, tmp_path, **changes))
     d, state = Data(corpus), torch.load(tmp_path / "ckpt.pt")
     config = json.loads((tmp_path / "config.json").read_text())
-    names = m.ModelConfig.__dataclass_fields__
-    net = m.MaskedLM(m.ModelConfig(**{name: config[name] for name in names})).eval()
-    net.load_state_dict(state["model"])
+    net = m.MaskedLM(m.ModelConfig(**{name: config[name] for name in m.ModelConfig.__dataclass_fields__}))
+    net.eval().load_state_dict(state["model"])
     entry = log_of(tmp_path)[-1]
     for tag, rate in (("", 0.5), ("_15", 0.15)):
         rows = torch.from_numpy(d.rows("val", np.arange(5), 16, 1))
@@ -778,18 +751,17 @@ def test_validation_is_the_mean_of_its_tokens(corpus, tmp_path):
         losses, n_m = net(batch), batch.masked.size(1)
         close(entry["val_loss" + tag], losses.mean().item())
         parts = losses.split([n_m, batch.n_replaced, losses.size(1) - n_m - batch.n_replaced], dim=1)
-        names = ("ppl", "ppl_masked", "ppl_replaced", "ppl_unchanged")
-        for name, expected in zip(names, (losses, *parts)):
+        for name, expected in zip(("ppl", "ppl_masked", "ppl_replaced", "ppl_unchanged"), (losses, *parts)):
             assert (entry[name + tag] is None) == (expected.numel() == 0)
             if expected.numel():
                 close(math.log(entry[name + tag]), expected.mean().item())
 
 
 def test_recipes_are_table_4():
-    parsed = [
-        data.parse_flags(train.Config, ["--recipe", name], "", train.presets)
-        for name in list(train.RECIPES)[1:]
-    ]
+    def parsed(*argv):
+        return data.parse_flags(train.Config, ["--recipe", *argv], "", train.presets)
+
+    configs = parsed("efficient-large"), parsed("longer-base")
     table = {
         "n_layer": (24, 12), "n_embd": (1024, 768), "head_size": (64, 64), "n_layer_dec": (2, 2),
         "n_embd_dec": (512, 384), "dropout": (0.1, 0.1), "norm": ("pre", "post"), "seq_len": (128, 512),
@@ -797,20 +769,16 @@ def test_recipes_are_table_4():
         "weight_decay": (0.01, 0.01), "max_steps": (23_000, 125_000), "grad_clip": (0, 0),
         "mask_rate": (0.5, 0.4), "decoder": ("self", "self"), "strategy": ((0.8, 0.1, 0.1),) * 2,
     }  # fmt: skip
-    assert {field: tuple(getattr(config, field) for config in parsed) for field in table} == table
-    for decoder, norm in (("cross", "pre"), ("none", "post")):
-        argv = ["--recipe", "longer-base", "--decoder", decoder]
-        assert data.parse_flags(train.Config, argv, "", train.presets).norm == norm
-    matrices, rest = train.make_optimizer(model_of(), parsed[1]).param_groups
+    assert {field: tuple(getattr(config, field) for config in configs) for field in table} == table
+    assert parsed("longer-base", "--decoder", "cross").norm == "pre"
+    assert parsed("longer-base", "--decoder", "none").norm == "post"
+    matrices, rest = train.make_optimizer(model_of(), configs[1]).param_groups
     assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in rest["params"]} == {1}
     assert (matrices["weight_decay"], rest["weight_decay"]) == (0.01, 0)
     assert (matrices["betas"], matrices["eps"]) == ((0.9, 0.98), 1e-6)
-
-
-def test_learning_rate_rises_and_falls():
     config = train.Config(max_steps=100, warmup=0.1, lr=1.0)
-    points = np.interp(np.arange(100), [-1, 9, 10, 100], [0, 1, 1, 0])
-    assert np.allclose([train.lr_at(s, config) for s in range(100)], points)
+    schedule = np.interp(np.arange(100), [-1, 9, 10, 100], [0, 1, 1, 0])
+    assert np.allclose([train.lr_at(s, config) for s in range(100)], schedule)
     assert train.lr_at(0, replace(config, warmup=0.0)) == 1.0
 
 
@@ -818,17 +786,13 @@ def test_init_starts_from_a_published_encoder(corpus, tmp_path, capsys):
     source = shaken(m.MaskedLM(config_of(vocab_size=Data(corpus).vocab.size, n_positions=40, norm="pre")))
     m.save_pretrained(source, tmp_path / "hf")
     argv = arguments(corpus, tmp_path / "out", init=tmp_path / "hf", lr=0, max_steps=1)
-    with pytest.raises(SystemExit):
+    with refused(capsys, "no flags for the encoder's shape"):
         train.main(argv)
-    assert "no flags for the encoder's shape" in capsys.readouterr().err
-    shape = ("--n_layer", "1", "--n_embd", "32", "--head_size", "16")
-    argv = list(" ".join(argv).replace(" ".join(shape), "").split())
-    train.main(argv)
+    train.main(" ".join(argv).replace("--n_layer 1 --n_embd 32 --head_size 16", "").split())
     _, encoder = m.load_pretrained(tmp_path / "out/hf")
     assert equal(dict(source.encoder.state_dict()), dict(encoder.state_dict()))
-    with pytest.raises(SystemExit):  # resuming without it is another run
+    with refused(capsys, "init"):  # resuming without it is another run
         train.main(arguments(corpus, tmp_path / "out", lr=0, max_steps=2))
-    assert "init" in capsys.readouterr().err
 
 
 def test_clipping_divides_by_the_norm_and_fp16s_scaler_does_not_matter(corpus, tmp_path):
@@ -867,16 +831,6 @@ def test_dropout_is_on_in_training_off_in_evaluation_and_fresh(corpus, tmp_path)
             assert torch.equal(part(x, memory), part(x, memory)) == (rate == 0)
 
 
-def test_weights_start_as_berts_do():
-    net = m.MaskedLM(config_of(n_embd=256, n_embd_dec=128, head_size=64))
-    for name, p in net.named_parameters():
-        if name.endswith("weight") and p.dim() == 2 or name.endswith("decoder.mask"):
-            assert abs(p.mean()) < 5 * 0.02 / p.numel() ** 0.5, name
-            assert math.isclose(p.detach().std(), 0.02, rel_tol=0.3 if p.dim() == 1 else 0.05), name
-        else:
-            assert (p == (1 if name.endswith("weight") else 0)).all(), name
-
-
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(corpus, tmp_path, capsys):
     train.main(arguments(corpus, tmp_path / "whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "bad")
@@ -889,29 +843,32 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(corpus, tmp_path, caps
     assert same_end(tmp_path / "whole", tmp_path / "bad")
     for name in ("ckpt.pt", "ckpt.prev.pt"):
         (tmp_path / "bad" / name).write_bytes(content[:-1000])
-    with pytest.raises(SystemExit):
+    with refused(capsys, "ckpt.prev.pt"):
         train.main(arguments(corpus, tmp_path / "bad"))
-    assert "ckpt.prev.pt" in capsys.readouterr().err
+
+
+def during_step(step, action, monkeypatch):
+    """Do something to the model after the gradients of a step are there."""
+    real = train.backward
+
+    def patched(model, batch, config, at, *rest):
+        loss = real(model, batch, config, at, *rest)
+        if at == step:
+            action(model)
+        return loss
+
+    monkeypatch.setattr(train, "backward", patched)
 
 
 def test_divergence_stops_before_the_optimizer_moves(corpus, tmp_path, monkeypatch, capsys):
-    real, stepped = train.backward, []
-
-    def bad(model, batch, config, step, *rest):
-        loss = real(model, batch, config, step, *rest)
-        if step == 2:
-            next(model.parameters()).grad.view(-1)[0] = math.nan
-        return loss
-
-    monkeypatch.setattr(train, "backward", bad)
+    stepped = []
+    during_step(2, lambda model: next(model.parameters()).grad.view(-1)[:1].fill_(math.nan), monkeypatch)
     hook = register_optimizer_step_pre_hook(lambda *_: stepped.append(1))
-    with pytest.raises(SystemExit) as e:
+    with refused(capsys, "step 3: loss", "--grad_clip 1"):
         train.main(arguments(corpus, tmp_path))
     hook.remove()
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and "step 3: loss" in err and "--grad_clip 1" in err
     assert len(stepped) == 2 and torch.load(tmp_path / "ckpt.pt")["step"] == 2
-    monkeypatch.setattr(train, "backward", real)
+    monkeypatch.undo()
     train.main(arguments(corpus, tmp_path, grad_clip=1))  # the advice can be followed
     assert torch.load(tmp_path / "ckpt.pt")["step"] == 4
 
@@ -919,19 +876,12 @@ def test_divergence_stops_before_the_optimizer_moves(corpus, tmp_path, monkeypat
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_the_run_resumes(number, corpus, tmp_path, monkeypatch):
     train.main(arguments(corpus, tmp_path / "whole"))
-    real = train.backward
-
-    def interrupted(model, batch, config, step, *rest):
-        if step == 1:
-            os.kill(os.getpid(), number)
-        return real(model, batch, config, step, *rest)
-
     argv = arguments(corpus, tmp_path / "cut", save_every=100)
-    monkeypatch.setattr(train, "backward", interrupted)
+    during_step(1, lambda model: os.kill(os.getpid(), number), monkeypatch)
     with pytest.raises(SystemExit) as e:
         train.main(argv)
     assert e.value.code == 128 + number and torch.load(tmp_path / "cut/ckpt.pt")["step"] == 2
-    monkeypatch.setattr(train, "backward", real)
+    monkeypatch.undo()
     train.main(argv)
     assert same_end(tmp_path / "whole", tmp_path / "cut")
 
@@ -939,40 +889,32 @@ def test_a_signal_finishes_the_step_and_the_run_resumes(number, corpus, tmp_path
 def test_a_full_disk_leaves_the_checkpoint_before(corpus, tmp_path):
     """In a process of its own whose files may not grow beyond half a checkpoint."""
     resource = pytest.importorskip("resource")
-    argv = arguments(corpus, tmp_path, max_steps=2)
-    train.main([*argv, "--log_every", "100"])
+    argv = arguments(corpus, tmp_path, max_steps=2, log_every=100)
+    train.main(argv)
     before = (tmp_path / "ckpt.pt").read_bytes()
     limit = len(before) // 2
     done = subprocess.run(
-        [sys.executable, Path(train.__file__), *argv, "--max_steps", "4"],
-        capture_output=True, text=True,
+        [sys.executable, train.__file__, *argv, "--max_steps", "4"], capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert (
-        done.returncode == 2 and len(errors) == 1 and "ckpt" in errors[0] and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(errors) == 1 and "ckpt" in errors[0]
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
 def test_kill_9_while_a_checkpoint_is_written(corpus, tmp_path):
-    """The short form of experiments/faults.py, with a real process."""
-    whole, cut = arguments(corpus, tmp_path / "whole"), arguments(corpus, tmp_path / "cut")
+    """The short form of experiments/faults.py, with a real process; and a model without any [MASK]."""
+    changes = dict(decoder="none", strategy=(0, 0.5, 0.5))
+    whole, cut = (arguments(corpus, tmp_path / name, **changes) for name in ("whole", "cut"))
     train.main(whole)
-    process = subprocess.Popen([sys.executable, Path(train.__file__), *cut], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, train.__file__, *cut], stdout=subprocess.PIPE)
     while not list((tmp_path / "cut").glob("ckpt*")):
         assert process.poll() is None
     process.kill()
     process.wait()
     train.main(cut)
     assert same_end(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_a_second_run_on_the_same_folder_is_refused(corpus, tmp_path, capsys):
-    with data.lock(tmp_path), pytest.raises(SystemExit):
-        train.main(arguments(corpus, tmp_path))
-    assert "another process" in capsys.readouterr().err
-    train.main(arguments(corpus, tmp_path, decoder="none", strategy=(0, 0.5, 0.5)))  # no [MASK] at all
 
 
 # ------------------------------------------------------------------------------- finetune.py
@@ -1035,208 +977,11 @@ def test_readers_of_all_tasks(name, tmp_path, capsys):
     if name == "QQP":
         assert ft.read_split(path, task)[2] == 1
     else:
-        with pytest.raises(SystemExit):
+        with refused(capsys, f"{path}: line {4 + (not task.header)} has 1 fields"):
             ft.read_split(path, task)
-        assert f"{path}: line {4 + (not task.header)} has 1 fields" in capsys.readouterr().err
     write_task(tmp_path, name, [*rows[:2], (*rows[2][:2], "what")])
-    with pytest.raises(SystemExit):
+    with refused(capsys, "label 'what'"):
         ft.read_split(path, task)
-    assert "label 'what'" in capsys.readouterr().err
-
-
-def classifier_of(n_classes=3, **changes):
-    return shaken(m.Classifier(config_of(decoder="none", **changes), n_classes))
-
-
-def test_padding_and_order_never_change_a_logit():
-    rng = np.random.default_rng(0)
-    examples = [[0, *rng.integers(4, 98, k).tolist(), 2] for k in rng.integers(1, 17, 30)]
-    net = classifier_of()
-    together = ft.predict(net, examples, ONE, batch_size=7)
-    alone = np.concatenate([net(torch.tensor([x])).detach().numpy() for x in examples])
-    assert np.abs(together - alone).max() < 1e-5
-    assert np.abs(ft.predict(net, examples[::-1], ONE)[::-1] - alone).max() < 1e-5
-
-
-def test_every_example_comes_once_an_epoch_and_little_is_padded():
-    lengths = np.random.default_rng(0).integers(5, 100, 1003)
-    batches = ft.epoch_batches(lengths, 8, seed=1, epoch=0)
-    assert sorted(np.concatenate(batches)) == list(range(1003))
-    assert sum(lengths[b].max() * len(b) for b in batches) / lengths.sum() < 1.15
-    assert not np.array_equal(batches[0], ft.epoch_batches(lengths, 8, seed=1, epoch=1)[0])
-
-
-def test_truncation_takes_from_the_longer_text(tmp_path):
-    tokenizer, _ = data.load_tokenizer(tokenizer_file(tmp_path))
-    words = [tokenizer.encode(TEXT * k, add_special_tokens=False).ids for k in (1, 3, 9)]
-    texts = [tokenizer.decode(w) for w in words]
-    for i, j in [(i, j) for i in range(3) for j in range(3)]:
-        for max_len in (8, 16, 17, 64, 400):
-            x, y = list(words[i]), list(words[j])
-            while len(x) + len(y) > max_len - 4:  # a token at a time
-                (x if len(x) > len(y) else y).pop()
-            (ids,), cut = ft.encode([(texts[i], texts[j])], tokenizer, max_len)
-            at = ids.index(2)
-            assert ids[0] == 0 and ids[at : at + 2] == [2, 2] and ids[-1] == 2
-            a, b = ids[1:at], ids[at + 2 : -1]
-            assert a == words[i][: len(a)] and b == words[j][: len(b)]
-            assert len(ids) == len(x) + len(y) + 4 and abs(len(a) - len(x)) <= 1
-            assert cut == (len(words[i]) + len(words[j]) > max_len - 4)
-        (ids,), cut = ft.encode([texts[i]], tokenizer, 16)
-        assert ids == [0, *words[i][:14], 2] and cut == (len(words[i]) > 14)
-
-
-@BOTH_NORMS
-def test_saved_classifier_is_transformers(norm, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    net = classifier_of(norm=norm)
-    net.labels = ("yes", "no", "perhaps")
-    m.save_pretrained(net, tmp_path)
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    tokens, mask = random_rows(), torch.arange(20) < torch.tensor([[20], [13], [7], [2]])
-    tokens[~mask] = VOCAB.pad
-    close(net(tokens, mask), theirs(tokens, attention_mask=mask.long()).logits)
-    assert theirs.config.id2label == {0: "yes", 1: "no", 2: "perhaps"}
-    close(m.load_pretrained(tmp_path, 3)[1].eval()(tokens, mask), net(tokens, mask))
-    with pytest.raises(ValueError):
-        m.load_pretrained(tmp_path, 2)
-
-
-@pytest.fixture(scope="session")
-def encoder_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
-    path = tokenizer_file(folder, 400, "the cat sat on the mat; a dog barked. good bad yes no ")
-    vocab = data.load_tokenizer(path)[1]
-    torch.manual_seed(0)
-    net = m.MaskedLM(config_of(vocab_size=vocab.size, n_positions=40, norm="pre"))
-    m.save_pretrained(net, folder / "hf", path)
-    return folder / "hf"
-
-
-def own_files(folder, rows=120):
-    """A task that one word decides."""
-    rng = np.random.default_rng(0)
-    for part in ("train", "dev", "test"):
-        lines = ["label\tsentence1"]
-        for _ in range(rows):
-            y, words = rng.integers(2), rng.choice(["the cat", "a dog", "on the mat", "barked"], 3)
-            lines.append(f"{'ny'[y]}\t{' '.join(words)} {['bad', 'good'][y]} {words[0]}")
-        (folder / f"{part}.tsv").write_text("\n".join(lines) + "\n")
-    return [f"--{p}={folder / p}.tsv" for p in ("train", "dev", "test")]
-
-
-CPU = ["--dtype=fp32"]
-
-
-def test_a_tiny_encoder_learns_a_task_of_ones_own(encoder_folder, tmp_path):
-    argv = [*own_files(tmp_path), f"--init={encoder_folder}", f"--out={tmp_path / 'out'}", *CPU]
-    ft.main([*argv, "--lr=2e-3", "--epochs=15", "--batch_size=8"])
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["summary"]["train"]["metrics"]["acc"] == 1.0
-    predicted = (tmp_path / "out/predictions/test.tsv").read_text().splitlines()
-    truth = [line.split("\t")[0] for line in (tmp_path / "test.tsv").read_text().splitlines()[1:]]
-    assert predicted == ["index\tprediction", *(f"{i}\t{y}" for i, y in enumerate(truth))]
-
-
-def glue_folder(folder):
-    for name in ("MNLI", "RTE", "STS-B", "CoLA"):
-        labels = ft.TASKS[name].labels or ("0.0", "2.5", "5.0")
-        write_task(folder, name, [(f"the cat {i}", f"a dog {i}", labels[i % len(labels)]) for i in range(12)])
-    pairs = "index\tsentence1\tsentence2\n" + "0\tthe cat\ta dog\n" * 5
-    for name, text in (("RTE", pairs), ("STS-B", pairs), ("CoLA", "index\tsentence\n" + "0\tthe cat\n" * 4)):
-        (folder / name / "test.tsv").write_text(text)
-    (folder / "diagnostic").mkdir()
-    (folder / "diagnostic/diagnostic.tsv").write_text(pairs)
-    return folder
-
-
-def test_a_killed_sweep_makes_each_run_exactly_once(encoder_folder, tmp_path, monkeypatch, capsys):
-    """Interrupted after every second run, within and between tasks; RTE and STS-B start from MNLI's model."""
-    glue, out, calls = glue_folder(tmp_path / "glue"), tmp_path / "out", []
-    argv = ["--task=all", f"--glue={glue}", f"--init={encoder_folder}", f"--out={out}", *CPU, "--predict"]
-    argv += "--lr 1e-3 2e-3 --epochs 1 --seed 0 1".split()
-    real = ft.run_once
-
-    def interrupted(title, name, task, splits, point, init, machine):
-        calls.append((title, name, Path(init)))
-        if len(calls) % 3 == 0:
-            calls.pop()
-            calls.append(None)
-            raise KeyboardInterrupt
-        line, model = real(title, name, task, splits, point, init, machine)
-        return line | dict(collapsed=False), model  # so that there is a model of each task
-
-    monkeypatch.setattr(ft, "run_once", interrupted)
-    for _ in range(20):
-        try:
-            ft.main(argv)
-            break
-        except SystemExit as e:
-            assert e.code == 130
-    made = [call for call in calls if call]
-    assert len(made) == len(set(made)) == 4 * 4 and None in calls
-    for _, name, init in made:
-        assert init == (out / "MNLI/hf" if name in ("RTE", "STS-B") else encoder_folder)
-    results = json.loads((out / "results.json").read_text())
-    assert len(results["runs"]) == 16
-    scores = []
-    for name in ("MNLI", "RTE", "STS-B", "CoLA"):
-        runs = [run for run in results["runs"] if run["task"] == name]
-        best = [max(run["score"] for run in runs if run["seed"] == seed) for seed in (0, 1)]
-        scores.append(sum(best) / 2)
-        assert math.isclose(results["summary"][name]["score"], scores[-1])
-    assert math.isclose(results["average"], sum(scores) / 4)
-    said = capsys.readouterr().out
-    assert (
-        "QNLI/train.tsv is missing" in said
-        and "average of 4 tasks" in said
-        and "test_matched.tsv is missing" in said
-    )
-    files = {p.name: p.read_text().splitlines() for p in (out / "predictions").iterdir()}
-    assert {k: len(v) for k, v in files.items()} == {"RTE.tsv": 6, "CoLA.tsv": 5, "STS-B.tsv": 6, "AX.tsv": 6}
-    assert all(lines[0] == "index\tprediction" for lines in files.values())
-    answers = {
-        name: {line.split("\t")[1] for line in files[f"{name}.tsv"][1:]} for name in ("RTE", "AX", "STS-B")
-    }
-    assert answers["RTE"] <= {"entailment", "not_entailment"}
-    assert answers["AX"] <= {"entailment", "neutral", "contradiction"}
-    assert all(0 <= float(x) <= 5 for x in answers["STS-B"])
-
-
-def test_fine_tuning_follows_table_5():
-    """Warm-up over 6% of the steps, then down to 0; weight decay 0.1 on matrices; and the grid."""
-    seen = []
-
-    def hook(optimizer, *_):
-        seen.append([(g["lr"], g["weight_decay"]) for g in optimizer.param_groups])
-
-    handle = register_optimizer_step_pre_hook(hook)
-    point = dict(lr=1e-3, batch_size=2, epochs=10, seed=0)
-    ft.fine_tune(classifier_of(2), [[0, 5, 2]] * 20, np.array([0, 1] * 10), point, ONE)
-    handle.remove()
-    lrs = np.interp(np.arange(100), [-1, 5, 6, 100], [0, 1e-3, 1e-3, 0])
-    assert np.allclose([x[0][0] for x in seen], lrs)
-    assert all((x[0][1], x[1][1]) == (0.1, 0.0) for x in seen)
-    flags = data.parse_flags(ft.Flags, "--task all --glue x --init x --out x --sweep".split(), "")
-    for name in ft.TASKS:
-        points, large = [point for _, point in ft.grid(name, flags)], name in ("QQP", "MNLI", "QNLI")
-        assert len(points) == 5 * (2 * 1 * 2 if large else 4 * 2 * 3)
-        assert {p["lr"] for p in points} == ({5e-5, 8e-5} if large else {1e-5, 3e-5, 5e-5, 8e-5})
-        assert {p["epochs"] for p in points} == ({3, 5} if large else {3, 5, 10})
-        assert {p["batch_size"] for p in points} == ({32} if large else {16, 32})
-
-
-def test_other_settings_are_refused_and_divergence_is_flagged(encoder_folder, tmp_path, capsys):
-    argv = [*own_files(tmp_path, rows=20), f"--init={encoder_folder}", f"--out={tmp_path / 'out'}", *CPU]
-    argv += ["--batch_size=4", "--epochs=1", "--lr", "1e30"]
-    ft.main(argv)
-    assert "is missing, so there is no" in capsys.readouterr().out
-    ft.main([*argv, "1e-3"])
-    runs = json.loads((tmp_path / "out/results.json").read_text())["runs"]
-    assert len(runs) == 2 and runs[0]["collapsed"]
-    with pytest.raises(SystemExit):
-        ft.main([*argv, "--max_len=16"])
-    assert "--max_len: the runs" in capsys.readouterr().err
 
 
 GLUE = Path(__file__).resolve().parent.parent / "shared/data/glue"
@@ -1259,6 +1004,175 @@ def test_official_files_are_read_whole(name, rows, dev):
     assert len(ft.read_split(GLUE / name / task.dev[0], task)[0]) == dev
 
 
+def classifier_of(n_classes=3, **changes):
+    return shaken(m.Classifier(config_of(decoder="none", **changes), n_classes))
+
+
+def test_padding_and_order_never_change_a_logit():
+    rng = np.random.default_rng(0)
+    examples = [[0, *rng.integers(4, 98, k).tolist(), 2] for k in rng.integers(1, 17, 30)]
+    net = classifier_of()
+    together = ft.predict(net, examples, ONE, batch_size=7)
+    alone = np.concatenate([net(torch.tensor([x])).detach().numpy() for x in examples])
+    assert np.abs(together - alone).max() < 1e-5
+    assert np.abs(ft.predict(net, examples[::-1], ONE)[::-1] - alone).max() < 1e-5
+
+
+def test_every_example_comes_once_an_epoch_and_little_is_padded():
+    rng = np.random.default_rng(0)
+    examples = [[0] * n for n in rng.integers(5, 100, 1003)]
+    first, second = (ft.batches_of(examples, 8, rng) for _ in range(2))
+    for batches in (first, second):
+        assert sorted(np.concatenate(batches)) == list(range(1003))
+        padded = sum(max(len(examples[i]) for i in batch) * len(batch) for batch in batches)
+        assert padded / sum(map(len, examples)) < 1.15
+    assert not np.array_equal(first[0], second[0])
+
+
+def test_truncation_takes_from_the_longer_text(tmp_path):
+    tokenizer, _ = data.load_tokenizer(tokenizer_file(tmp_path))
+    words = [tokenizer.encode(TEXT * k, add_special_tokens=False).ids for k in (1, 3, 9)]
+    texts = [tokenizer.decode(w) for w in words]
+    for i, j, max_len in [(i, j, n) for i in range(3) for j in range(3) for n in (8, 16, 17, 64, 400)]:
+        x, y = list(words[i]), list(words[j])
+        while len(x) + len(y) > max_len - 4:  # a token at a time
+            (x if len(x) > len(y) else y).pop()
+        (ids,), cut = ft.encode([(texts[i], texts[j])], tokenizer, max_len)
+        at = ids.index(2)
+        assert ids[0] == 0 and ids[at : at + 2] == [2, 2] and ids[-1] == 2
+        a, b = ids[1:at], ids[at + 2 : -1]
+        assert a == words[i][: len(a)] and b == words[j][: len(b)]
+        assert len(ids) == len(x) + len(y) + 4 and abs(len(a) - len(x)) <= 1
+        assert cut == (len(words[i]) + len(words[j]) > max_len - 4)
+    (ids,), cut = ft.encode([texts[1]], tokenizer, 16)
+    assert ids == [0, *words[1][:14], 2] and cut == 1
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    path = tokenizer_file(folder, 400, "the cat sat on the mat; a dog barked. good bad yes no ")
+    torch.manual_seed(0)
+    vocab_size = data.load_tokenizer(path)[1].size
+    m.save_pretrained(
+        m.MaskedLM(config_of(vocab_size=vocab_size, n_positions=40, norm="pre")), folder / "hf", path
+    )
+    return folder / "hf"
+
+
+def own_files(folder, rows=120):
+    """A task that one word decides."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "dev", "test"):
+        lines = ["label\tsentence1"]
+        for _ in range(rows):
+            y, words = rng.integers(2), rng.choice(["the cat", "a dog", "on the mat", "barked"], 3)
+            lines.append(f"{'ny'[y]}\t{' '.join(words)} {['bad', 'good'][y]} {words[0]}")
+        (folder / f"{part}.tsv").write_text("\n".join(lines) + "\n")
+    return [f"--{p}={folder / p}.tsv" for p in ("train", "dev", "test")]
+
+
+def test_a_tiny_encoder_learns_a_task_of_ones_own(encoder_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = [
+        *own_files(tmp_path),
+        f"--init={encoder_folder}",
+        f"--out={out}",
+        "--dtype=fp32",
+        "--batch_size=8",
+    ]
+    ft.main([*argv, "--lr=1e30", "--epochs=1"])  # diverges, and is flagged
+    assert "is missing, so there is no" in capsys.readouterr().out
+    ft.main([*argv, "--lr=2e-3", "--epochs=15"])
+    results = json.loads((out / "results.json").read_text())
+    assert [run["collapsed"] for run in results["runs"]] == [True, False]
+    assert results["summary"]["train"]["metrics"]["acc"] == 1.0
+    predicted = (out / "predictions/test.tsv").read_text().splitlines()
+    truth = [line.split("\t")[0] for line in (tmp_path / "test.tsv").read_text().splitlines()[1:]]
+    assert predicted == ["index\tprediction", *(f"{i}\t{y}" for i, y in enumerate(truth))]
+    with refused(capsys, "--max_len: the runs"):
+        ft.main([*argv, "--max_len=16"])
+
+
+def glue_folder(folder):
+    for name in ("MNLI", "RTE", "STS-B", "CoLA"):
+        labels = ft.TASKS[name].labels or ("0.0", "2.5", "5.0")
+        write_task(folder, name, [(f"the cat {i}", f"a dog {i}", labels[i % len(labels)]) for i in range(12)])
+    pairs = "index\tsentence1\tsentence2\n" + "0\tthe cat\ta dog\n" * 5
+    for name, text in (("RTE", pairs), ("STS-B", pairs), ("CoLA", "index\tsentence\n" + "0\tthe cat\n" * 4)):
+        (folder / name / "test.tsv").write_text(text)
+    (folder / "diagnostic").mkdir()
+    (folder / "diagnostic/diagnostic.tsv").write_text(pairs)
+    return folder
+
+
+def test_a_killed_sweep_makes_each_run_exactly_once(encoder_folder, tmp_path, monkeypatch, capsys):
+    """Interrupted in every third run, within and between tasks; RTE and STS-B start from MNLI's model."""
+    glue, out, made, calls = glue_folder(tmp_path / "glue"), tmp_path / "out", [], []
+    argv = ["--task=all", f"--glue={glue}", f"--init={encoder_folder}", f"--out={out}", "--dtype=fp32"]
+    argv += "--predict --lr 1e-3 2e-3 --epochs 1 --seed 0 1".split()
+    real = ft.run_once
+
+    def interrupted(title, name, task, splits, point, init, machine):
+        calls.append(title)
+        if len(calls) % 3 == 0:
+            raise KeyboardInterrupt
+        made.append((title, name, Path(init)))
+        line, model = real(title, name, task, splits, point, init, machine)
+        return line | dict(collapsed=False), model  # so that there is a model of each task
+
+    monkeypatch.setattr(ft, "run_once", interrupted)
+    for _ in range(20):
+        try:
+            ft.main(argv)
+            break
+        except SystemExit as e:
+            assert e.code == 130
+    assert len(made) == len(set(made)) == 4 * 4 < len(calls)
+    for _, name, init in made:
+        assert init == (out / "MNLI/hf" if name in ("RTE", "STS-B") else encoder_folder)
+    results, scores = json.loads((out / "results.json").read_text()), []
+    for name in ("MNLI", "RTE", "STS-B", "CoLA"):
+        runs = [run for run in results["runs"] if run["task"] == name]
+        best = [max(run["score"] for run in runs if run["seed"] == seed) for seed in (0, 1)]
+        scores.append(sum(best) / 2)
+        assert len(runs) == 4 and math.isclose(results["summary"][name]["score"], scores[-1])
+    assert math.isclose(results["average"], sum(scores) / 4)
+    said = capsys.readouterr().out
+    for words in ("QNLI/train.tsv is missing", "average of 4 tasks", "test_matched.tsv is missing"):
+        assert words in said
+    files = {p.name: p.read_text().splitlines() for p in (out / "predictions").iterdir()}
+    assert {k: len(v) for k, v in files.items()} == {"RTE.tsv": 6, "CoLA.tsv": 5, "STS-B.tsv": 6, "AX.tsv": 6}
+    assert all(lines[0] == "index\tprediction" for lines in files.values())
+    answers = {name: {line.split("\t")[1] for line in lines[1:]} for name, lines in files.items()}
+    assert answers["RTE.tsv"] <= {"entailment", "not_entailment"}
+    assert answers["AX.tsv"] <= {"entailment", "neutral", "contradiction"}
+    assert all(0 <= float(x) <= 5 for x in answers["STS-B.tsv"])
+
+
+def test_fine_tuning_follows_table_5():
+    """Warm-up over 6% of the steps, then down to 0; weight decay 0.1 on matrices; and the grid."""
+    seen = []
+
+    def hook(optimizer, *_):
+        seen.append([(g["lr"], g["weight_decay"]) for g in optimizer.param_groups])
+
+    handle = register_optimizer_step_pre_hook(hook)
+    point = dict(lr=1e-3, batch_size=2, epochs=10, seed=0)
+    ft.fine_tune(classifier_of(2), [[0, 5, 2]] * 20, np.array([0, 1] * 10), point, ONE)
+    handle.remove()
+    lrs = np.interp(np.arange(100), [-1, 5, 6, 100], [0, 1e-3, 1e-3, 0])
+    assert np.allclose([x[0][0] for x in seen], lrs)
+    assert all((x[0][1], x[1][1]) == (0.1, 0.0) for x in seen)
+    flags = data.parse_flags(ft.Flags, "--task all --glue x --init x --out x --sweep".split(), "")
+    for name in ft.TASKS:
+        points, large = ft.grid(name, flags).values(), name in ("QQP", "MNLI", "QNLI")
+        assert len(points) == 5 * (2 * 1 * 2 if large else 4 * 2 * 3)
+        assert {p["lr"] for p in points} == ({5e-5, 8e-5} if large else {1e-5, 3e-5, 5e-5, 8e-5})
+        assert {p["epochs"] for p in points} == ({3, 5} if large else {3, 5, 10})
+        assert {p["batch_size"] for p in points} == ({32} if large else {16, 32})
+
+
 # ------------------------------------------------------------------- bad input, all commands
 
 
@@ -1271,84 +1185,65 @@ class Malice:
 def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
     """A folder of things that go wrong, and the working directory of the case."""
     monkeypatch.chdir(tmp_path)
+    pair = "index\tsentence1\tsentence2\tlabel\n0\ta\tb"
     texts = {
-        "empty.txt": b"", "binary.txt": b"text\nmore\0text\n",
-        "latin.txt": b"one\n\ncaf\xe9 two\n",
-        "cut.txt": b"one\n\ntwo \xe4\xbd", "one.txt": b"a single document\n",
-        "ok.txt": b"a b\n\nc d\n\ne f\n", "not.json": b"{",
+        "empty.txt": b"", "binary.txt": b"text\nmore\0text\n", "latin.txt": b"one\n\ncaf\xe9 two\n",
+        "one.txt": b"a single document\n", "ok.txt": b"a b\n\nc d\n\ne f\n", "not.json": b"{",
         "no_label.tsv": b"sentence1\tlabel\na\tx\nb\n", "header.tsv": b"text\tlabel\na\tx\nb\ty\n",
-        "one_class.tsv": b"sentence1\tlabel\na\tx\nb\tx\n",
-        "ok.tsv": b"sentence1\tlabel\na\tx\nb\ty\n", "other.tsv": b"sentence1\tlabel\na\tz\n",
-        "number.tsv": b"sentence1\tlabel\na\t1.5\nb\tnan\n",
+        "one_class.tsv": b"sentence1\tlabel\na\tx\nb\tx\n", "ok.tsv": b"sentence1\tlabel\na\tx\nb\ty\n",
+        "other.tsv": b"sentence1\tlabel\na\tz\n", "number.tsv": b"sentence1\tlabel\na\t1.5\nb\tnan\n",
+        "glue/RTE/train.tsv": f"{pair}\tentailment\n".encode(), "badglue/RTE/train.tsv": pair.encode(),
+        "glue/RTE/dev.tsv": f"{pair}\tentailment\n".encode(), "run/ckpt.pt": b"PK",
     }  # fmt: skip
     for name, content in texts.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content)
-    for name in ("glue/RTE", "badglue/RTE", "nodata"):
-        Path(name).mkdir(parents=True)
-    for name, line in (("glue", "0\ta\tb\tentailment\n"), ("badglue", "0\ta\tb\n")):
-        for part in ("train", "dev"):
-            Path(f"{name}/RTE/{part}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + line)
-    shutil.copytree(corpus, "data")
-    for name, file in (("short", "train.bin"), ("meta", "meta.json"), ("tok", "tokenizer.json")):
+    for name, file in (("data", None), ("short", "train.bin"), ("meta", "meta.json"), ("ids", None)):
         shutil.copytree(corpus, name)
-        Path(name, file).write_bytes(Path(name, file).read_bytes()[:-5])
-    shutil.copytree(corpus, "ids")
+        if file:
+            Path(name, file).write_bytes(Path(name, file).read_bytes()[:-5])
     Path("ids/train.bin").write_bytes(b"\xff" * Path("ids/train.bin").stat().st_size)
-    shutil.copytree(encoder_folder, "hf")
-    shutil.copytree(encoder_folder, "hf_big")
+    config = json.loads((encoder_folder / "config.json").read_text())
+    for name, changes in (
+        ("hf", {}),
+        ("evil", {}),
+        ("shapes", dict(vocab_size=77)),
+        ("bert", dict(model_type="bert")),
+    ):
+        shutil.copytree(encoder_folder, name)
+        Path(name, "config.json").write_text(json.dumps(config | changes))
+    shutil.copytree("hf", "hf_big")
     tokenizer_file("hf_big", 900, text=data.__doc__)
-    shutil.copytree(encoder_folder, "evil")
-    torch.save({"x": Malice()}, "evil/pytorch_model.bin")
-    shutil.copytree(encoder_folder, "shapes")
-    changed = json.loads(Path("shapes/config.json").read_text()) | {"vocab_size": 77}
-    Path("shapes/config.json").write_text(json.dumps(changed))
-    shutil.copytree(encoder_folder, "bert")
-    Path("bert/config.json").write_text(json.dumps(changed | {"model_type": "bert"}))
-    Path("run").mkdir()
-    torch.save({"x": Malice()}, "run/ckpt.pt")
+    for path in ("evil/pytorch_model.bin", "run/ckpt.pt"):
+        torch.save({"x": Malice()}, path)
     return tmp_path
 
 
 # command, arguments, what the line on stderr must name
 BAD = [
-    ("data", "--input none.txt --out o", "none.txt"),
-    ("data", "--input empty.txt --out o", "empty.txt: 0 doc"),
+    ("data", "--input none.txt --out o", "none.txt"), ("data", "--input empty.txt --out o", "empty.txt: 0 doc"),
     ("data", "--input binary.txt --out o", "binary.txt: not UTF-8"), ("data", "--input ok.txt", "--out"),
-    ("data", "--input latin.txt --out o", "latin.txt: not UTF-8"),
-    ("data", "--input cut.txt --out o", "cut.txt: not UTF-8"),
-    ("data", "--input one.txt --out o", "one.txt: 1 document"),
-    ("data", "--input ok.txt --out o --doc page", "--doc"),
-    ("data", "--input ok.txt --out o --frob", "--frob"),
-    ("data", "--input ok.txt --out o --val_every 0", "--val_every: 0"),
-    ("data", "--input ok.txt --out o --tokenizer none.json", "none.json"),
+    ("data", "--input latin.txt --out o", "latin.txt: not UTF-8"), ("data", "--input ok.txt --frob", "--frob"),
+    ("data", "--input one.txt --out o", "one.txt: 1 document"), ("data", "--doc page", "--doc"),
+    ("data", "--val_every 0", "--val_every: 0"), ("data", "--input ok.txt --out ok.tsv/o", "ok.tsv"),
     ("data", "--input ok.txt --out o --tokenizer not.json", "not.json"),
-    ("data", "--input ok.txt --out ok.tsv/o", "ok.tsv"), ("data", "--verify nodata", "nodata/meta.json"),
-    ("data", "--verify short", "short/train.bin"), ("train", "--data none", "none/meta.json"),
+    ("data", "--verify none", "none/meta.json"), ("train", "--data none", "none/meta.json"),
     ("train", "--data short", "short/train.bin"), ("train", "--data meta", "meta/meta.json"),
-    ("train", "--data ids", "ids/train.bin"), ("train", "--frob 1", "--frob"),
-    ("train", "--recipe huge", "--recipe"),
+    ("train", "--data ids", "ids/train.bin"), ("train", "--recipe huge", "--recipe"),
     ("train", "--seq_len 5000", ".bin"), ("train", "--seq_len 32 --n_positions 16", "seq_len is 32"),
-    ("train", "--mask_rate 0", "mask_rate is 0"), ("train", "--mask_rate 1.5", "mask_rate is 1.5"),
-    ("train", "--mask_rate nan", "--mask_rate: nan"), ("train", "--strategy 0.8 0.1 0.2", "strategy"),
-    ("train", "--strategy a b c", "--strategy"), ("train", "--lr -1", "--lr"),
-    ("train", "--lr nan", "--lr: nan"),
+    ("train", "--mask_rate 1.5", "mask_rate is 1.5"), ("train", "--mask_rate nan", "--mask_rate: nan"),
+    ("train", "--strategy 0.8 0.1 0.2", "strategy"), ("train", "--lr -1", "--lr: -1"),
     ("train", "--max_steps 0", "--max_steps: 0"), ("train", "--n_embd 30", "n_embd: 30"),
-    ("train", "--decoder both", "--decoder"), ("train", "--norm mid", "--norm"),
-    ("train", "--dropout 1", "dropout"),
-    ("train", "--dtype int8", "--dtype"), ("train", "--device abacus", "--device"),
-    ("train", "--seq_len 5", "mask_rate"), ("train", "--eval_only", "--eval_only"),
+    ("train", "--decoder both", "--decoder"), ("train", "--dropout 1", "dropout"),
+    ("train", "--device abacus", "--device"), ("train", "--eval_only", "--eval_only"),
     ("train", "--out run", "run/ckpt.pt"), ("train", "--init none", "none/config.json"),
     ("train", "--init bert", "bert/config.json"), ("train", "--init shapes", "shapes"),
     ("train", "--init evil", "evil/pytorch_model.bin"), ("finetune", "--task RTE --glue glue", "--init"),
-    ("finetune", "--task RTE --glue nothing --init hf", "nothing"),
-    ("finetune", "--task RTE --init hf", "--glue"),
-    ("finetune", "--init hf", "--task"), ("finetune", "--task XYZ --glue glue --init hf", "--task"),
+    ("finetune", "--task RTE --glue nothing --init hf", "nothing"), ("finetune", "--init hf", "--task"),
     ("finetune", "--task RTE --glue badglue --init hf", "badglue/RTE/train.tsv: line 2"),
-    ("finetune", "--task RTE --glue glue --init none", "none"),
     ("finetune", "--task RTE --glue glue --init evil", "evil/pytorch_model.bin"),
     ("finetune", "--task RTE --glue glue --init hf --max_len 500", "--max_len 500"),
     ("finetune", "--task RTE --glue glue --init hf_big", "hf_big"),
-    ("finetune", "--train ok.tsv --init hf", "--dev"),
     ("finetune", "--task RTE --glue glue --init hf --epochs 0", "--epochs: 0"),
     ("finetune", "--train none.tsv --dev ok.tsv --init hf", "none.tsv"),
     ("finetune", "--train no_label.tsv --dev ok.tsv --init hf", "no_label.tsv"),
@@ -1373,11 +1268,8 @@ def bad_arguments(command, text):
 @pytest.mark.parametrize("command, text, names", BAD, ids=[f"{c} {t}" for c, t, _ in BAD])
 def test_bad_input_is_one_line_and_status_2(command, text, names, rubbish, capsys):
     before = {path: path.read_bytes() for path in rubbish.rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit) as e:
+    with refused(capsys, names):
         {"data": data, "train": train, "finetune": ft}[command].main(bad_arguments(command, text))
-    err = capsys.readouterr().err
-    last = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert e.value.code == 2 and len(last) == 1 and names in last[0] and "Traceback" not in err
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not Path("executed").exists() and not list(rubbish.rglob("*.tmp"))
 
@@ -1385,21 +1277,17 @@ def test_bad_input_is_one_line_and_status_2(command, text, names, rubbish, capsy
 @pytest.mark.parametrize("command", ["data", "train", "finetune"])
 def test_bad_input_to_the_real_commands(command, rubbish):
     command, text, names = next(case for case in BAD if case[0] == command)
-    script = Path(__file__).with_name(f"{command}.py")
-    argv = [sys.executable, script, *bad_arguments(command, text)]
+    argv = [sys.executable, Path(__file__).with_name(f"{command}.py"), *bad_arguments(command, text)]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and names in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_every_field_is_a_flag(capsys):
-    """The help text of a flag is the comment behind its field: one that a formatter moved away would be
-    lost."""
+    """The help of a flag is the comment after its field: one that a formatter moved away would be lost."""
     for module, config in ((data, data.Flags), (train, train.Config), (ft, ft.Flags)):
         with pytest.raises(SystemExit):
             module.main(["--help"])
-        text = capsys.readouterr().out
-        missing = [
-            name for name in config.__dataclass_fields__ if f"  --{name} " not in text.replace("\n", " \n")
-        ]
+        text = capsys.readouterr().out.replace("\n", " \n")
+        missing = [name for name in config.__dataclass_fields__ if f"  --{name} " not in text]
         assert missing == (["vocab_size"] if module is train else [])

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import flops
@@ -50,6 +50,7 @@ from data import (
     parse_flags,
     seed_of,
     special_ids,
+    write,
 )
 from data import main as prepare_default_data
 from model import MaskedLM, ModelConfig, load_pretrained, save_pretrained
@@ -66,13 +67,12 @@ RECIPES = {
     ),
     "longer-base": dict(),
 }  # fmt: skip
-COMMON_RATE = 0.15  # validation at different rates cannot be compared: every run has this one too
+COMMON_RATE = 0.15  # losses at different rates cannot be compared, so every run is evaluated here too
 
 
 @dataclass
 class Run(ModelConfig):
-    """What makes a run the run it is: ModelConfig's fields and these. Resuming with other values is
-    refused."""
+    """What makes a run the run it is, with ModelConfig's fields. Resuming with other values is refused."""
 
     n_positions: int = None  # longest row that the model can take (default: seq_len)
     init: str = ""  # Hugging Face folder of a RoBERTa whose encoder to start from
@@ -117,9 +117,8 @@ def presets(given):
     values = {"out": f"out/{given.get('recipe', 'tiny')}"} | RECIPES[given.get("recipe", "tiny")]
     if given.get("init"):
         shape = load_pretrained(given["init"])[0]
-        values |= {
-            name: getattr(shape, name) for name in ("n_positions", "n_layer", "n_embd", "head_size", "norm")
-        }
+        for name in ("n_positions", "n_layer", "n_embd", "head_size", "norm"):
+            values[name] = getattr(shape, name)
     return values
 
 
@@ -127,7 +126,7 @@ def presets(given):
 
 
 def lr_at(step, config):
-    """Learning rate of step 0, 1, ...: up from 0 over the warm-up, then down to 0, both linear."""
+    """Learning rate of step 0, 1, ...: linear warm-up from 0, then linear decay to 0."""
     warmup = round(config.warmup * config.max_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -143,7 +142,7 @@ def make_optimizer(model, config):
 
 def step_batch(data, config, step, device):
     """The corrupted rows of a step, of all processes. Each process makes them all, which costs little, and
-    uses its own part of them; so the number of processes cannot matter."""
+    uses its own share, so the number of processes cannot matter."""
     k, *_ = counts(config.seq_len, config.mask_rate, config.strategy)
     rows = data.batch(step, config.batch_size, config.seq_len, k, config.seed)
     if device.type == "cuda":
@@ -154,8 +153,7 @@ def step_batch(data, config, step, device):
 
 def backward(model, batch, config, step, machine, scaler):
     """Gradients of the batch's mean loss. This process does its share of the rows, in micro-batches;
-    gradients are averaged over the processes by DistributedDataParallel. Returns this process's mean loss in
-    nats, a tensor."""
+    DistributedDataParallel averages the gradients. Returns this process's mean loss in nats, a tensor."""
     share, k = config.batch_size // machine.world, batch.predict.size(1)
     start, end, total = machine.rank * share, (machine.rank + 1) * share, 0.0
     for at in range(start, end, config.micro_batch_size):
@@ -169,6 +167,15 @@ def backward(model, batch, config, step, machine, scaler):
     return total
 
 
+def update(optimizer, scaler, lr):
+    """Take an optimizer step at a learning rate. fp16's scaler skips it where a gradient is infinite."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
 # The loop
 
 
@@ -176,47 +183,36 @@ def train(parts, data, val, config, machine, first):
     """Steps from `first` to max_steps, or until a signal asks to stop. parts: model, optimizer and scaler;
     val: see validation_batches. Returns the last evaluation."""
     raw, optimizer, scaler = parts.values()
-    model, peak, signals = raw, peak_flops(machine), catch_signals()
+    model, signals = raw, catch_signals()
     if machine.world > 1:
         model = DistributedDataParallel(raw, gradient_as_bucket_view=True)
     if config.compile == "yes" or (config.compile == "auto" and machine.device.type == "cuda"):
-        model.compile()  # in place: the parameters keep their names
-    batch, since, seconds = step_batch(data, config, first, machine.device), first, 0.0
-    steps = range(first, config.max_steps)
-    silent = None if machine.rank == 0 else True
-    bar = tqdm(steps, "training", config.max_steps, initial=first, disable=silent)
-    for step in bar:
-        start, done, lr = time.perf_counter(), step + 1, lr_at(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        model.compile()  # in place, so that the parameters keep their names
+    batch, since, start = step_batch(data, config, first, machine.device), first, time.perf_counter()
+    bar = dict(total=config.max_steps, initial=first, disable=machine.rank > 0 or None)
+    for step in tqdm(range(first, config.max_steps), "training", **bar):
+        lr, done, last = lr_at(step, config), step + 1, step + 1 == config.max_steps
         loss = backward(model, batch, config, step, machine, scaler)
         batch = step_batch(data, config, done, machine.device)  # while the device is busy with this step
         scaler.unscale_(optimizer)
-        norm = get_total_norm([p.grad for p in raw.parameters()])
-        if config.grad_clip > 0:
-            clip_grads_with_norm_(raw.parameters(), config.grad_clip, norm)
+        norm = float(clip_grad_norm_(raw.parameters(), config.grad_clip or math.inf))
         loss, stop = machine.sum([float(loss) / machine.world, len(signals)])
-        stop_if_diverged(loss, float(norm), scaler, step, lr)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        seconds += time.perf_counter() - start
-        last = done == config.max_steps
-        if done % config.log_every == 0 or done == 1 or last:
-            rows_per_s = (done - since) * config.batch_size / seconds
-            entry = dict(step=done, loss=loss, lr=lr, grad_norm=float(norm) if norm.isfinite() else None)
-            entry["tokens_per_s"] = round(rows_per_s * config.seq_len)
-            flops_per_s = rows_per_s * flops_per_row(config, config.mask_rate)
-            entry["mfu"] = peak and flops_per_s / (peak * machine.world)
-            log(entry, config, machine)
-            since, seconds = done, 0.0
-        if done % config.eval_every == 0 or last:
+        stop_if_diverged(loss, norm, scaler, step, lr)
+        update(optimizer, scaler, lr)
+
+        due = [done % n == 0 or last for n in (config.log_every, config.eval_every, config.save_every)]
+        if due[0] or done == 1:
+            entry = dict(step=done, loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None)
+            seconds = (time.perf_counter() - start) / (done - since)
+            log(entry | speed(seconds, config, machine), config, machine)
+        if due[1]:
             entry = dict(step=done) | evaluate(raw, val, config, machine)
             log(entry, config, machine)
-        if done % config.save_every == 0 or last or stop:
+        if due[2] or stop:
             save_checkpoint(parts, data, config, machine, done)
+        if any(due) or done == 1:
+            since, start = done, time.perf_counter()
         if stop and not last:
-            bar.close()
             machine.say(f"stopped after step {done}; the same command resumes the run")
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
     return entry
@@ -224,7 +220,7 @@ def train(parts, data, val, config, machine, first):
 
 def stop_if_diverged(loss, norm, scaler, step, lr):
     """Fails before the optimizer moves, so that the last checkpoint is a good one. fp16's scaler skips a step
-    with infinite gradients and lowers its scale; only where that does not help has the run diverged."""
+    with infinite gradients and lowers its scale; the run has diverged only where that does not help."""
     skipped = scaler.is_enabled() and scaler.get_scale() > 1e-4
     if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
         advice = f"resume with --grad_clip 1 (Table 4), or start again with --lr below {lr:.2e}"
@@ -232,8 +228,7 @@ def stop_if_diverged(loss, norm, scaler, step, lr):
 
 
 def catch_signals():
-    """A list to which Ctrl-C and SIGTERM are added, so that a step can be finished and saved. The same signal
-    again ends the program at once."""
+    """A list to which Ctrl-C and SIGTERM are added; the loop finishes its step, saves, and stops."""
     caught = []
 
     def handler(number, frame):
@@ -264,52 +259,48 @@ def shown(entry):
 
 
 def validation_batches(data, config):
-    """{ending of names in the log: Corrupted}: the same rows at the run's own masking rate and at the common
-    one, with masks that are always the same, on every device."""
+    """{suffix of the names in the log: Corrupted}: the same rows at the run's own masking rate and at 15%,
+    with masks that are always the same, on every device."""
     n, batches = config.seq_len, {}
     indices = np.arange(min(config.eval_rows, data.n_rows("val", n)))
-    for rate, ending in ({COMMON_RATE: "_15"} | {config.mask_rate: ""}).items():
-        rows = data.rows("val", indices, n, counts(n, rate, config.strategy)[0])
+    for rate, suffix in ({COMMON_RATE: "_15"} | {config.mask_rate: ""}).items():
+        rows = torch.from_numpy(data.rows("val", indices, n, counts(n, rate, config.strategy)[0]))
         masks = torch.Generator().manual_seed(0)
-        rows = torch.from_numpy(rows)
-        batches[ending] = corrupt(rows, rate, config.strategy, vocab=data.vocab, generator=masks)
+        batches[suffix] = corrupt(rows, rate, config.strategy, vocab=data.vocab, generator=masks)
     return batches
 
 
 @torch.no_grad()
 def evaluate(model, batches, config, machine):
-    """Validation losses in nats and perplexities, the work divided among all processes; an entry for the
-    log."""
+    """Validation losses in nats and perplexities, as an entry of the log. All processes share the work."""
     model.eval()
     entry, size = {}, config.micro_batch_size
-    for ending, batch in sorted(batches.items()):
+    for suffix, batch in sorted(batches.items()):
         total = torch.zeros(batch.predict.size(1), dtype=torch.float64)  # (k,)
         for at in range(machine.rank * size, len(batch.inputs), machine.world * size):
             with machine.autocast():
                 total += model(batch.rows(at, at + size).to(machine.device)).sum(0).cpu()
-        entry |= perplexities(torch.tensor(machine.sum(total)) / len(batch.inputs), batch, ending)
+        entry |= perplexities(torch.tensor(machine.sum(total)) / len(batch.inputs), batch, suffix)
     model.train()
     return entry
 
 
-def perplexities(nats, batch, ending):
-    """nats (k,): the mean loss at each place of batch.predict -> loss and perplexities, of all and of each
-    kind."""
+def perplexities(nats, batch, suffix=""):
+    """Loss and perplexities of all tokens and of each kind; nats (k,): mean losses along batch.predict."""
     n_m, n_r, k = batch.masked.size(1), batch.n_replaced, len(nats)
     parts = (nats, *nats.split([n_m, n_r, k - n_m - n_r]))
-    entry = {f"val_loss{ending}": float(nats.mean())}
+    entry = {f"val_loss{suffix}": float(nats.mean())}
     for name, part in zip(("ppl", "ppl_masked", "ppl_replaced", "ppl_unchanged"), parts):
-        entry[name + ending] = math.exp(min(float(part.mean()), 700)) if len(part) else None
+        entry[name + suffix] = math.exp(min(float(part.mean()), 700)) if len(part) else None
     return entry
 
 
 def unigram(data, batch):
-    """perplexities of a model that knows how frequent the words are, and nothing else: what every run must
-    beat."""
+    """Perplexities of a model that only knows how frequent each word is: every run must beat them."""
     frequency = np.bincount(data.tokens["train"][: 1 << 24], minlength=data.vocab.size).astype(float)
     frequency[special_ids(data.vocab)] = 0  # they are never predicted
     nats = torch.from_numpy(-np.log((frequency + 1) / (frequency + 1).sum()))  # (V,)
-    return perplexities(nats[batch.labels].mean(0), batch, "")
+    return perplexities(nats[batch.labels].mean(0), batch)
 
 
 # Checkpoints
@@ -346,8 +337,7 @@ def load_checkpoint(out):
 
 
 def resume(parts, data, config, machine):
-    """Load the checkpoint of config.out into model, optimizer and scaler. Returns how many steps are done, 0
-    if there is no checkpoint."""
+    """Load the checkpoint of config.out, if there is one. Returns the number of steps that are done."""
     state = load_checkpoint(config.out)
     here = identity(config, data)
     old = state["run"] if state else here
@@ -399,8 +389,7 @@ class Machine:
 
 
 def this_machine(device, dtype):
-    """The Machine for this process: CUDA, MPS or CPU; bf16 where the hardware has it, fp16 on older GPUs,
-    else fp32."""
+    """The Machine for this process, by default with the accelerator that torch sees and its best dtype."""
     if platform.libc_ver()[0] == "glibc":
         # By default every large tensor is mapped and unmapped, which is half of a CPU's step:
         for parameter, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: never map; M_TRIM_THRESHOLD: never trim
@@ -420,17 +409,14 @@ def this_machine(device, dtype):
     return Machine(rank, world, torch.device(name), DTYPES.get(dtype, best))
 
 
-def peak_flops(machine):
-    """The published peak of a known GPU in FLOP/s; None for others, rather than a wrong one."""
-    if machine.device.type == "cuda" and machine.dtype is not torch.float32:
-        name = torch.cuda.get_device_name(machine.device)
-        return next((peak for key, peak in PEAKS.items() if key in name), None)
-
-
-def flops_per_row(config, rate):
-    """FLOPs of a row forward and backward, which takes twice as long: 3 x forward."""
-    k, n_m, _ = counts(config.seq_len, rate, config.strategy)
-    return 3 * flops.forward(config, config.seq_len, n_m, k)
+def speed(seconds, config, machine):
+    """Tokens per second, and MFU: a step's FLOPs, 3 x forward, as a share of a known GPU's peak."""
+    k, n_m, _ = counts(config.seq_len, config.mask_rate, config.strategy)
+    work = 3 * config.batch_size * flops.forward(config, config.seq_len, n_m, k)
+    gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else ""
+    peak = next((peak for name, peak in PEAKS.items() if name in gpu), None)
+    mfu = work / seconds / (peak * machine.world) if peak and machine.dtype is not torch.float32 else None
+    return dict(tokens_per_s=round(config.batch_size * config.seq_len / seconds), mfu=mfu)
 
 
 # The command
@@ -481,8 +467,7 @@ def main(argv):
             entry = dict(step=first) | evaluate(model, val, config, machine)
         else:
             if machine.rank == 0:
-                with atomic(out / "config.json", "w") as f:
-                    json.dump(asdict(config) | {"torch": torch.__version__}, f, indent=1)
+                write(out / "config.json", json.dumps(asdict(config), indent=1))
             entry, first = train(parts, data, val, config, machine, first), config.max_steps
         if machine.rank == 0:
             save_pretrained(model, out / "hf", data.tokenizer)
