@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -124,6 +124,9 @@ def test_vanilla_mlm_is_transformers_in_losses_and_gradients(norm, tmp_path):
     out = theirs(input_ids=batch.inputs, labels=labels)
     losses = F.cross_entropy(out.logits.transpose(1, 2), labels, reduction="none")
     close(ours(batch), losses.gather(1, batch.predict))
+    tokens = batch.inputs.gather(1, batch.kept)  # 3ML's encoder sees these alone, at their positions
+    states = theirs.base_model(input_ids=tokens, position_ids=batch.kept + 2).last_hidden_state
+    close(ours.encoder(tokens, batch.kept), states)
 
     out.loss.backward()
     ours(batch).mean().backward()
@@ -134,34 +137,23 @@ def test_vanilla_mlm_is_transformers_in_losses_and_gradients(norm, tmp_path):
 
 
 @BOTH_NORMS
-def test_encoder_on_kept_tokens_is_transformers_with_their_positions(norm, tmp_path):
-    theirs = hf_model(norm, "Model")
-    theirs.save_pretrained(tmp_path)
-    batch = random_batch()
-    tokens = batch.inputs.gather(1, batch.kept)
-    expected = theirs(input_ids=tokens, position_ids=batch.kept + 2).last_hidden_state
-    close(m.load_pretrained(tmp_path)[1].eval()(tokens, batch.kept), expected)
-
-
-@BOTH_NORMS
 @pytest.mark.parametrize("cross", [False, True])
-def test_block_is_torchs_transformer_layer(norm, cross):
-    block = shaken(m.Block(32, config_of(norm=norm), cross))
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])  # in training on a CPU, dropout has attention of its own
+def test_block_is_torchs_transformer_layer(norm, cross, dropout):
+    block = shaken(m.Block(32, config_of(norm=norm, dropout=dropout), cross)).train()
     layer = nn.TransformerDecoderLayer if cross else nn.TransformerEncoderLayer
-    theirs = layer(32, 2, 128, 0.0, "gelu", 1e-5, batch_first=True, norm_first=norm == "pre").eval()
+    theirs = layer(32, 2, 128, 0.0, "gelu", 1e-5, batch_first=True, norm_first=norm == "pre")
     names = dict(self_attn="attn", linear1="fc1", linear2="fc2", norm1="ln1", norm2="ln2")
     if cross:
         names |= dict(multihead_attn="cross", norm2="ln_cross", norm3="ln2")
     for name, ours in names.items():
-        weights = block.get_submodule(ours).state_dict()
+        weights, kinds = block.get_submodule(ours).state_dict(), ("weight", "bias")
         if ours in ("attn", "cross"):
-            kinds = ("weight", "bias")
             joined = {f"in_proj_{p}": torch.cat([weights[f"{x}.{p}"] for x in "qkv"]) for p in kinds}
             weights = joined | {f"out_proj.{p}": weights[f"out.{p}"] for p in kinds}
         theirs.get_submodule(name).load_state_dict(weights)
     x, memory = torch.randn(3, 7, 32), torch.randn(3, 5, 32) if cross else None
-    with torch.enable_grad():  # torch's fast path is another program
-        close(block(x, memory), theirs(x, memory) if cross else theirs(x))
+    close(block(x, memory), theirs(x, memory) if cross else theirs(x))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -179,21 +171,6 @@ def test_dropout_is_a_fair_coin_per_element(p):
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
     assert torch.equal(m.Dropout(0.0)(x), x) and torch.equal(drop.eval()(x), x)
-
-
-def test_attention_on_a_cpu_drops_weights_not_keys():
-    """Its expectation is attention without dropout, by SDPA, and padding stays unseen."""
-    net, x = shaken(m.Attention(32, config_of(dropout=0.5))), torch.randn(1, 6, 32)
-    mask = torch.tensor([1, 1, 1, 1, 0, 0], dtype=bool)[None, None, None]
-    expected = net(x, mask=mask)
-    net.train()
-    samples = torch.stack([net(x, mask=mask) for _ in range(4000)])
-    assert ((samples.mean(0) - expected).abs() < 5 * samples.std(0) / 4000**0.5 + 1e-6).all()
-    changed = x.index_fill(1, torch.tensor([4, 5]), 9.0)
-    torch.manual_seed(1)
-    a = net(x, mask=mask)
-    torch.manual_seed(1)
-    assert torch.equal(a[:, :4], net(changed, mask=mask)[:, :4])
 
 
 @BOTH_DECODERS
@@ -323,16 +300,18 @@ def test_hf_folder_is_transformers_model(norm, decoder, tmp_path):
 
 
 @BOTH_NORMS
-def test_saved_classifier_is_transformers(norm, tmp_path):
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_saved_classifier_is_transformers(norm, dropout, tmp_path):
     transformers = pytest.importorskip("transformers")
-    net = classifier_of(norm=norm)
+    net = shaken(m.Classifier(config_of(decoder="none", norm=norm, dropout=dropout), 3))
     net.labels = ("yes", "no", "perhaps")
     m.save_pretrained(net, tmp_path)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     tokens, mask = padded_rows()
-    close(net(tokens, mask), theirs(tokens, attention_mask=mask.long()).logits)
+    logits = theirs(tokens, attention_mask=mask.long()).logits
     assert theirs.config.id2label == {0: "yes", 1: "no", 2: "perhaps"}
-    close(m.load_pretrained(tmp_path, 3)[1].eval()(tokens, mask), net(tokens, mask))
+    for ours in (net.train(), m.load_pretrained(tmp_path, 3)[1].eval()):
+        close(ours(tokens, mask), logits)
     with pytest.raises(ValueError):
         m.load_pretrained(tmp_path, 2)
 
@@ -465,15 +444,6 @@ def test_a_prepared_folder_is_verified_and_not_prepared_again(tmp_path, capsys):
         (folder / name).write_bytes(good)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_write_leaves_what_was_there(error, tmp_path):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(error), data.atomic(tmp_path / "file", "w") as f:
-        f.write("half")
-        raise error("interrupted")
-    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
-
-
 def documents(d, part):
     """The texts of a token file, by its separators."""
     tokenizer, vocab = data.load_tokenizer(d.tokenizer)
@@ -569,43 +539,32 @@ def test_flops_are_those_of_the_real_forward_pass(decoder, rate, d_de):
     assert counter.get_total_flops() == flops.forward(net.config, 20, n_m, k)
 
 
-def test_formulas_of_appendix_d_from_their_parts():
+def test_formulas_of_appendix_d_from_their_parts_and_table_3(capsys):
     """A second derivation: products of matrices (rows, inner, columns), 2 FLOPs a multiply-add."""
 
-    def product(*sizes):
-        return 2 * math.prod(sizes)
-
     def attention(q, kv, d):
-        return 2 * product(q, d, d) + 2 * product(kv, d, d) + 2 * product(q, kv, d)
+        return 2 * (2 * q * d * d + 2 * kv * d * d + 2 * q * kv * d)
 
     def layer(t, d):
-        return attention(t, t, d) + 2 * product(t, d, 4 * d)
+        return attention(t, t, d) + 2 * 2 * t * d * 4 * d
 
     rng = np.random.default_rng(0)
     for _ in range(20):
-        b, u, l, l_de = rng.integers(1, 30, 4).tolist()
-        n, d, e, V = rng.integers(8, 4000, 4).tolist()
+        (b, u, l, l_de), (n, d, e, V) = rng.integers(1, 30, 4).tolist(), rng.integers(8, 4000, 4).tolist()
         r = rng.uniform(0.05, 0.95)
         n_m, n_e, k = 0.8 * r * n, n - 0.8 * r * n, r * n
-        head = product(k, d, V)
-        vanilla = l * layer(n, d) + product(k, d, d) + head
-        encoder = l * layer(n_e, d) + product(n_e, d, e) + head
-        self_ = encoder + l_de * layer(n, e) + product(k, e, d)
-        cross = encoder + l_de * (layer(n_m, e) + attention(n_m, n_e, e))
-        cross += product(n_m, e, d) + product(k - n_m, d, d)
+        vanilla = l * layer(n, d) + 2 * k * d * (d + V)
+        encoder = l * layer(n_e, d) + 2 * n_e * d * e + 2 * k * d * V
+        self_ = encoder + l_de * layer(n, e) + 2 * k * e * d
+        cross = encoder + l_de * (layer(n_m, e) + attention(n_m, n_e, e)) + 2 * d * (n_m * e + (k - n_m) * d)
         assert math.isclose(flops.roberta(b, u, l, n, d, r, V), 2 * b * u * vanilla)
         args = (b, u, l, l_de, n, d, e, r, V)
         assert math.isclose(flops.three_ml_self(*args), 2 * b * u * self_)
         assert math.isclose(flops.three_ml_cross(*args), 2 * b * u * cross)
-
-
-def test_table_3(capsys):
-    """Ours, from the formulas, to two digits; the paper's, as printed."""
-    flops.main([])
+    flops.main([])  # Table 3: ours to two digits, and the paper's as printed
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("3ML", "Ro"))]
-    ours, paper = ([line[i] for line in lines] for i in (3, 4))
-    assert ours == "1.34 1.46 1.36 1.00 1.22 1.00 1.28 1.00 1.00".split()
-    assert paper == "1.34 1.47 1.37 1.00 1.22 1.00 1.28 1.00 1.00".split()
+    assert [line[3] for line in lines] == "1.34 1.46 1.36 1.00 1.22 1.00 1.28 1.00 1.00".split()
+    assert [line[4] for line in lines] == "1.34 1.47 1.37 1.00 1.22 1.00 1.28 1.00 1.00".split()
 
 
 # ---------------------------------------------------------------------------------- train.py
@@ -808,8 +767,7 @@ def test_clipping_divides_by_the_norm_and_fp16s_scaler_does_not_matter(corpus, t
 
 def test_dropout_is_on_in_training_off_in_evaluation_and_fresh(corpus, tmp_path):
     argv = arguments(corpus, tmp_path, dropout=0.1, micro_batch_size=4)
-    config = data.parse_flags(train.Config, argv, "", train.presets)
-    config.vocab_size = Data(corpus).vocab.size
+    config = replace(data.parse_flags(train.Config, argv, "", train.presets), vocab_size=300)
     net, scaler = m.MaskedLM(config), torch.amp.GradScaler("cpu", enabled=False)
     batch = train.step_batch(Data(corpus), config, 0, torch.device("cpu"))
     same = Corrupted(*(torch.cat([x[:4], x[:4]]) for x in batch[:-1]), batch.n_replaced)
@@ -820,15 +778,13 @@ def test_dropout_is_on_in_training_off_in_evaluation_and_fresh(corpus, tmp_path)
     assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])  # a step again
     assert not torch.equal(seen[0], seen[1])  # two micro-batches of the same rows
     assert not torch.equal(seen[0], seen[4])  # another step
-    net.eval()
-    assert torch.equal(net(batch), net(batch))
-    for rate in (0.0, 0.3):  # the classifier's head, and each attention
-        drop, x = m.Classifier(config_of(dropout=rate), 2).train(), random_rows()
-        assert torch.equal(drop(x), drop(x)) == (rate == 0)
-        block = m.Block(32, config_of(dropout=rate), cross=True).train()
+    assert torch.equal(net.eval()(batch), net(batch))
+    for rate in (0.0, 0.3):  # the classifier, and each attention
         x, memory = torch.randn(2, 2, 5, 32)
-        for part in (block.attn, block.cross):
-            assert torch.equal(part(x, memory), part(x, memory)) == (rate == 0)
+        block = m.Block(32, config_of(dropout=rate), cross=True).train()
+        calls = [(m.Classifier(config_of(dropout=rate), 2).train(), random_rows())]
+        for part, *inputs in (*calls, (block.attn, x), (block.cross, x, memory)):
+            assert torch.equal(part(*inputs), part(*inputs)) == (rate == 0)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(corpus, tmp_path, capsys):
@@ -988,34 +944,15 @@ GLUE = Path(__file__).resolve().parent.parent / "shared/data/glue"
 
 
 @pytest.mark.skipif(not GLUE.is_dir(), reason="no GLUE files here")
-@pytest.mark.parametrize("name, rows, dev", [
-    ("CoLA", (2528, 6023), 1043), ("SST-2", (29780, 37569), 872), ("MRPC", (1194, 2474), 408),
-    ("RTE", (1249, 1241), 277), ("QQP", (10127, 6085), 4000), ("MNLI", (3213, 3326, 3349), 6238),
-    ("STS-B", 5749, 1500),
-])  # fmt: skip
-def test_official_files_are_read_whole(name, rows, dev):
-    """Label counts from the files' own description."""
-    task = ft.TASKS[name]
-    _, labels, _ = ft.read_split(GLUE / name / "train.tsv", task)
-    if name == "STS-B":
-        assert (len(labels), labels.min(), labels.max()) == (rows, 0, 5)
-    else:
-        assert tuple(np.bincount(labels)) == rows
-    assert len(ft.read_split(GLUE / name / task.dev[0], task)[0]) == dev
-
-
-def classifier_of(n_classes=3, **changes):
-    return shaken(m.Classifier(config_of(decoder="none", **changes), n_classes))
-
-
-def test_padding_and_order_never_change_a_logit():
-    rng = np.random.default_rng(0)
-    examples = [[0, *rng.integers(4, 98, k).tolist(), 2] for k in rng.integers(1, 17, 30)]
-    net = classifier_of()
-    together = ft.predict(net, examples, ONE, batch_size=7)
-    alone = np.concatenate([net(torch.tensor([x])).detach().numpy() for x in examples])
-    assert np.abs(together - alone).max() < 1e-5
-    assert np.abs(ft.predict(net, examples[::-1], ONE)[::-1] - alone).max() < 1e-5
+def test_official_files_are_read_whole():
+    """Rows of train and dev, as the files' own description counts them."""
+    expected = {
+        "CoLA": [8551, 1043], "SST-2": [67349, 872], "MRPC": [3668, 408], "STS-B": [5749, 1500],
+        "RTE": [2490, 277], "QQP": [16212, 4000], "MNLI": [9888, 6238],
+    }  # fmt: skip
+    for name, rows in expected.items():
+        files = (ft.TASKS[name].train, ft.TASKS[name].dev[0])
+        assert [len(ft.read_split(GLUE / name / file, ft.TASKS[name])[0]) for file in files] == rows
 
 
 def test_every_example_comes_once_an_epoch_and_little_is_padded():
@@ -1032,20 +969,19 @@ def test_every_example_comes_once_an_epoch_and_little_is_padded():
 def test_truncation_takes_from_the_longer_text(tmp_path):
     tokenizer, _ = data.load_tokenizer(tokenizer_file(tmp_path))
     words = [tokenizer.encode(TEXT * k, add_special_tokens=False).ids for k in (1, 3, 9)]
-    texts = [tokenizer.decode(w) for w in words]
     for i, j, max_len in [(i, j, n) for i in range(3) for j in range(3) for n in (8, 16, 17, 64, 400)]:
         x, y = list(words[i]), list(words[j])
         while len(x) + len(y) > max_len - 4:  # a token at a time
             (x if len(x) > len(y) else y).pop()
-        (ids,), cut = ft.encode([(texts[i], texts[j])], tokenizer, max_len)
+        (ids,), cut = ft.encode(
+            [(tokenizer.decode(words[i]), tokenizer.decode(words[j]))], tokenizer, max_len
+        )
         at = ids.index(2)
-        assert ids[0] == 0 and ids[at : at + 2] == [2, 2] and ids[-1] == 2
         a, b = ids[1:at], ids[at + 2 : -1]
-        assert a == words[i][: len(a)] and b == words[j][: len(b)]
+        assert ids == [0, *words[i][: len(a)], 2, 2, *words[j][: len(b)], 2]
         assert len(ids) == len(x) + len(y) + 4 and abs(len(a) - len(x)) <= 1
         assert cut == (len(words[i]) + len(words[j]) > max_len - 4)
-    (ids,), cut = ft.encode([texts[1]], tokenizer, 16)
-    assert ids == [0, *words[1][:14], 2] and cut == 1
+    assert ft.encode([tokenizer.decode(words[1])], tokenizer, 16) == ([[0, *words[1][:14], 2]], 1)
 
 
 @pytest.fixture(scope="session")
@@ -1094,21 +1030,15 @@ def test_a_tiny_encoder_learns_a_task_of_ones_own(encoder_folder, tmp_path, caps
         ft.main([*argv, "--max_len=16"])
 
 
-def glue_folder(folder):
-    for name in ("MNLI", "RTE", "STS-B", "CoLA"):
-        labels = ft.TASKS[name].labels or ("0.0", "2.5", "5.0")
-        write_task(folder, name, [(f"the cat {i}", f"a dog {i}", labels[i % len(labels)]) for i in range(12)])
-    pairs = "index\tsentence1\tsentence2\n" + "0\tthe cat\ta dog\n" * 5
-    for name, text in (("RTE", pairs), ("STS-B", pairs), ("CoLA", "index\tsentence\n" + "0\tthe cat\n" * 4)):
-        (folder / name / "test.tsv").write_text(text)
-    (folder / "diagnostic").mkdir()
-    (folder / "diagnostic/diagnostic.tsv").write_text(pairs)
-    return folder
-
-
 def test_a_killed_sweep_makes_each_run_exactly_once(encoder_folder, tmp_path, monkeypatch, capsys):
     """Interrupted in every third run, within and between tasks; RTE and STS-B start from MNLI's model."""
-    glue, out, made, calls = glue_folder(tmp_path / "glue"), tmp_path / "out", [], []
+    glue, out, made, calls = tmp_path / "glue", tmp_path / "out", [], []
+    for name in ("MNLI", "RTE", "STS-B", "CoLA"):
+        labels = ft.TASKS[name].labels or ("0.0", "2.5", "5.0")
+        write_task(glue, name, [(f"the cat {i}", f"a dog {i}", labels[i % len(labels)]) for i in range(12)])
+    (glue / "diagnostic").mkdir()
+    for path in ("RTE/test.tsv", "STS-B/test.tsv", "diagnostic/diagnostic.tsv"):
+        (glue / path).write_text("index\tsentence1\tsentence2\n" + "0\tthe cat\ta dog\n" * 5)
     argv = ["--task=all", f"--glue={glue}", f"--init={encoder_folder}", f"--out={out}", "--dtype=fp32"]
     argv += "--predict --lr 1e-3 2e-3 --epochs 1 --seed 0 1".split()
     real = ft.run_once
@@ -1122,12 +1052,9 @@ def test_a_killed_sweep_makes_each_run_exactly_once(encoder_folder, tmp_path, mo
         return line | dict(collapsed=False), model  # so that there is a model of each task
 
     monkeypatch.setattr(ft, "run_once", interrupted)
-    for _ in range(20):
-        try:
+    while not (out / "results.json").exists():
+        with suppress(SystemExit):
             ft.main(argv)
-            break
-        except SystemExit as e:
-            assert e.code == 130
     assert len(made) == len(set(made)) == 4 * 4 < len(calls)
     for _, name, init in made:
         assert init == (out / "MNLI/hf" if name in ("RTE", "STS-B") else encoder_folder)
@@ -1141,10 +1068,12 @@ def test_a_killed_sweep_makes_each_run_exactly_once(encoder_folder, tmp_path, mo
     said = capsys.readouterr().out
     for words in ("QNLI/train.tsv is missing", "average of 4 tasks", "test_matched.tsv is missing"):
         assert words in said
-    files = {p.name: p.read_text().splitlines() for p in (out / "predictions").iterdir()}
-    assert {k: len(v) for k, v in files.items()} == {"RTE.tsv": 6, "CoLA.tsv": 5, "STS-B.tsv": 6, "AX.tsv": 6}
-    assert all(lines[0] == "index\tprediction" for lines in files.values())
-    answers = {name: {line.split("\t")[1] for line in lines[1:]} for name, lines in files.items()}
+    answers = {}
+    for path in (out / "predictions").iterdir():
+        header, *lines = (line.split("\t") for line in path.read_text().splitlines())
+        assert header == ["index", "prediction"] and [i for i, _ in lines] == list("01234")
+        answers[path.name] = {answer for _, answer in lines}
+    assert answers.keys() == {"RTE.tsv", "STS-B.tsv", "AX.tsv"}
     assert answers["RTE.tsv"] <= {"entailment", "not_entailment"}
     assert answers["AX.tsv"] <= {"entailment", "neutral", "contradiction"}
     assert all(0 <= float(x) <= 5 for x in answers["STS-B.tsv"])
@@ -1153,24 +1082,22 @@ def test_a_killed_sweep_makes_each_run_exactly_once(encoder_folder, tmp_path, mo
 def test_fine_tuning_follows_table_5():
     """Warm-up over 6% of the steps, then down to 0; weight decay 0.1 on matrices; and the grid."""
     seen = []
-
-    def hook(optimizer, *_):
-        seen.append([(g["lr"], g["weight_decay"]) for g in optimizer.param_groups])
-
-    handle = register_optimizer_step_pre_hook(hook)
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(
+        [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    ))  # fmt: skip
     point = dict(lr=1e-3, batch_size=2, epochs=10, seed=0)
-    ft.fine_tune(classifier_of(2), [[0, 5, 2]] * 20, np.array([0, 1] * 10), point, ONE)
-    handle.remove()
+    ft.fine_tune(m.Classifier(config_of(), 2), [[0, 5, 2]] * 20, np.array([0, 1] * 10), point, ONE)
+    hook.remove()
     lrs = np.interp(np.arange(100), [-1, 5, 6, 100], [0, 1e-3, 1e-3, 0])
-    assert np.allclose([x[0][0] for x in seen], lrs)
-    assert all((x[0][1], x[1][1]) == (0.1, 0.0) for x in seen)
+    assert np.allclose([matrices[0] for matrices, _ in seen], lrs)
+    assert all((matrices[1], rest[1]) == (0.1, 0.0) for matrices, rest in seen)
     flags = data.parse_flags(ft.Flags, "--task all --glue x --init x --out x --sweep".split(), "")
+    small = dict(lr={1e-5, 3e-5, 5e-5, 8e-5}, batch_size={16, 32}, epochs={3, 5, 10})
+    large = dict(lr={5e-5, 8e-5}, batch_size={32}, epochs={3, 5})
     for name in ft.TASKS:
-        points, large = ft.grid(name, flags).values(), name in ("QQP", "MNLI", "QNLI")
-        assert len(points) == 5 * (2 * 1 * 2 if large else 4 * 2 * 3)
-        assert {p["lr"] for p in points} == ({5e-5, 8e-5} if large else {1e-5, 3e-5, 5e-5, 8e-5})
-        assert {p["epochs"] for p in points} == ({3, 5} if large else {3, 5, 10})
-        assert {p["batch_size"] for p in points} == ({32} if large else {16, 32})
+        points, table = ft.grid(name, flags).values(), large if name in ("QQP", "MNLI", "QNLI") else small
+        assert len(points) == 5 * math.prod(map(len, table.values()))
+        assert {x: {point[x] for point in points} for x in table} == table
 
 
 # ------------------------------------------------------------------- bad input, all commands
@@ -1185,35 +1112,24 @@ class Malice:
 def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
     """A folder of things that go wrong, and the working directory of the case."""
     monkeypatch.chdir(tmp_path)
-    pair = "index\tsentence1\tsentence2\tlabel\n0\ta\tb"
+    for name in ("data", "short", "ids", "hf", "evil", "bert", "big", "run", "glue/RTE"):
+        Path(name).mkdir(parents=True)
+        for path in {"data": corpus, "short": corpus, "ids": corpus}.get(name, encoder_folder).iterdir():
+            shutil.copy(path, name)
     texts = {
-        "empty.txt": b"", "binary.txt": b"text\nmore\0text\n", "latin.txt": b"one\n\ncaf\xe9 two\n",
-        "one.txt": b"a single document\n", "ok.txt": b"a b\n\nc d\n\ne f\n", "not.json": b"{",
-        "no_label.tsv": b"sentence1\tlabel\na\tx\nb\n", "header.tsv": b"text\tlabel\na\tx\nb\ty\n",
-        "one_class.tsv": b"sentence1\tlabel\na\tx\nb\tx\n", "ok.tsv": b"sentence1\tlabel\na\tx\nb\ty\n",
-        "other.tsv": b"sentence1\tlabel\na\tz\n", "number.tsv": b"sentence1\tlabel\na\t1.5\nb\tnan\n",
-        "glue/RTE/train.tsv": f"{pair}\tentailment\n".encode(), "badglue/RTE/train.tsv": pair.encode(),
-        "glue/RTE/dev.tsv": f"{pair}\tentailment\n".encode(), "run/ckpt.pt": b"PK",
+        "empty.txt": "", "null.txt": "text\nmore\0text\n", "one.txt": "a single document\n",
+        "ok.txt": "a b\n\nc d\n\ne f\n", "not.json": "{", "no_label.tsv": "sentence1\tlabel\na\tx\nb\n",
+        "header.tsv": "text\tlabel\na\tx\nb\ty\n", "ok.tsv": "sentence1\tlabel\na\tx\nb\ty\n",
+        "other.tsv": "sentence1\tlabel\na\tz\n", "nan.tsv": "sentence1\tlabel\na\t1.5\nb\tnan\n",
+        "glue/RTE/train.tsv": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n",
     }  # fmt: skip
-    for name, content in texts.items():
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_bytes(content)
-    for name, file in (("data", None), ("short", "train.bin"), ("meta", "meta.json"), ("ids", None)):
-        shutil.copytree(corpus, name)
-        if file:
-            Path(name, file).write_bytes(Path(name, file).read_bytes()[:-5])
+    for name, text in texts.items():
+        Path(name).write_text(text)
+    Path("latin.txt").write_bytes(b"one\n\ncaf\xe9 two\n")
+    Path("short/train.bin").write_bytes(Path("short/train.bin").read_bytes()[:-5])
     Path("ids/train.bin").write_bytes(b"\xff" * Path("ids/train.bin").stat().st_size)
-    config = json.loads((encoder_folder / "config.json").read_text())
-    for name, changes in (
-        ("hf", {}),
-        ("evil", {}),
-        ("shapes", dict(vocab_size=77)),
-        ("bert", dict(model_type="bert")),
-    ):
-        shutil.copytree(encoder_folder, name)
-        Path(name, "config.json").write_text(json.dumps(config | changes))
-    shutil.copytree("hf", "hf_big")
-    tokenizer_file("hf_big", 900, text=data.__doc__)
+    Path("bert/config.json").write_text(Path("hf/config.json").read_text().replace("roberta", "bert"))
+    tokenizer_file("big", 900, text=data.__doc__)
     for path in ("evil/pytorch_model.bin", "run/ckpt.pt"):
         torch.save({"x": Malice()}, path)
     return tmp_path
@@ -1222,36 +1138,31 @@ def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
 # command, arguments, what the line on stderr must name
 BAD = [
     ("data", "--input none.txt --out o", "none.txt"), ("data", "--input empty.txt --out o", "empty.txt: 0 doc"),
-    ("data", "--input binary.txt --out o", "binary.txt: not UTF-8"), ("data", "--input ok.txt", "--out"),
+    ("data", "--input null.txt --out o", "null.txt: not UTF-8"), ("data", "--input ok.txt", "--out"),
     ("data", "--input latin.txt --out o", "latin.txt: not UTF-8"), ("data", "--input ok.txt --frob", "--frob"),
     ("data", "--input one.txt --out o", "one.txt: 1 document"), ("data", "--doc page", "--doc"),
     ("data", "--val_every 0", "--val_every: 0"), ("data", "--input ok.txt --out ok.tsv/o", "ok.tsv"),
     ("data", "--input ok.txt --out o --tokenizer not.json", "not.json"),
     ("data", "--verify none", "none/meta.json"), ("train", "--data none", "none/meta.json"),
-    ("train", "--data short", "short/train.bin"), ("train", "--data meta", "meta/meta.json"),
-    ("train", "--data ids", "ids/train.bin"), ("train", "--recipe huge", "--recipe"),
+    ("train", "--data short", "short/train.bin"), ("train", "--data ids", "ids/train.bin"),
     ("train", "--seq_len 5000", ".bin"), ("train", "--seq_len 32 --n_positions 16", "seq_len is 32"),
     ("train", "--mask_rate 1.5", "mask_rate is 1.5"), ("train", "--mask_rate nan", "--mask_rate: nan"),
     ("train", "--strategy 0.8 0.1 0.2", "strategy"), ("train", "--lr -1", "--lr: -1"),
     ("train", "--max_steps 0", "--max_steps: 0"), ("train", "--n_embd 30", "n_embd: 30"),
-    ("train", "--decoder both", "--decoder"), ("train", "--dropout 1", "dropout"),
-    ("train", "--device abacus", "--device"), ("train", "--eval_only", "--eval_only"),
-    ("train", "--out run", "run/ckpt.pt"), ("train", "--init none", "none/config.json"),
-    ("train", "--init bert", "bert/config.json"), ("train", "--init shapes", "shapes"),
-    ("train", "--init evil", "evil/pytorch_model.bin"), ("finetune", "--task RTE --glue glue", "--init"),
-    ("finetune", "--task RTE --glue nothing --init hf", "nothing"), ("finetune", "--init hf", "--task"),
-    ("finetune", "--task RTE --glue badglue --init hf", "badglue/RTE/train.tsv: line 2"),
-    ("finetune", "--task RTE --glue glue --init evil", "evil/pytorch_model.bin"),
+    ("train", "--decoder both", "--decoder"), ("train", "--device abacus", "--device"),
+    ("train", "--eval_only", "--eval_only"), ("train", "--out run", "run/ckpt.pt"),
+    ("train", "--init bert", "bert/config.json"), ("train", "--init evil", "evil/pytorch_model.bin"),
+    ("finetune", "--task RTE --glue glue", "--init"), ("finetune", "--init hf", "--task"),
+    ("finetune", "--task RTE --glue nothing --init hf", "nothing"),
+    ("finetune", "--task RTE --glue glue --init hf", "glue/RTE/train.tsv: line 2"),
     ("finetune", "--task RTE --glue glue --init hf --max_len 500", "--max_len 500"),
-    ("finetune", "--task RTE --glue glue --init hf_big", "hf_big"),
+    ("finetune", "--task RTE --glue glue --init big", "big"),
     ("finetune", "--task RTE --glue glue --init hf --epochs 0", "--epochs: 0"),
     ("finetune", "--train none.tsv --dev ok.tsv --init hf", "none.tsv"),
     ("finetune", "--train no_label.tsv --dev ok.tsv --init hf", "no_label.tsv"),
     ("finetune", "--train header.tsv --dev ok.tsv --init hf", "header.tsv: line 1"),
-    ("finetune", "--train one_class.tsv --dev ok.tsv --init hf", "one_class.tsv"),
     ("finetune", "--train ok.tsv --dev other.tsv --init hf", "other.tsv: line 2"),
-    ("finetune", "--train ok.tsv --dev ok.tsv --init hf --regression", "ok.tsv: line 2"),
-    ("finetune", "--train number.tsv --dev ok.tsv --init hf --regression", "number.tsv: line 3"),
+    ("finetune", "--train nan.tsv --dev ok.tsv --init hf --regression", "nan.tsv: line 3"),
 ]  # fmt: skip
 
 
@@ -1272,15 +1183,6 @@ def test_bad_input_is_one_line_and_status_2(command, text, names, rubbish, capsy
         {"data": data, "train": train, "finetune": ft}[command].main(bad_arguments(command, text))
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not Path("executed").exists() and not list(rubbish.rglob("*.tmp"))
-
-
-@pytest.mark.parametrize("command", ["data", "train", "finetune"])
-def test_bad_input_to_the_real_commands(command, rubbish):
-    command, text, names = next(case for case in BAD if case[0] == command)
-    argv = [sys.executable, Path(__file__).with_name(f"{command}.py"), *bad_arguments(command, text)]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and names in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_every_field_is_a_flag(capsys):
