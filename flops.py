@@ -7,8 +7,8 @@ left out (they are under 1%). The formulas take the masking rate r as a real num
 `forward` takes the whole numbers of tokens that a real batch has, and torch's FlopCounterMode agrees with it
 to the last FLOP (test_3ml.py).
 
-Symbols (Table 6): b batch size, u updates, l layers, n sequence length, d width, r masking rate, V vocabulary;
-_en encoder, _de decoder.
+Symbols (Table 6): b batch size, u updates, l layers, n sequence length, d width, r masking rate, V
+vocabulary; _en encoder, _de decoder.
 
 Where the paper's print and its own sums disagree, this file follows the sums:
   * phi_out is printed 2n^2d; 8nd^2 + 4n^2d needs 2nd^2.
