@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import UserError, Vocab, command, fail, load_tokenizer, lock, parse_flags, seed_of, write
+from data import UserError, Vocab, command, fail, load_tokenizer, lock, parse_flags, write
 from model import Classifier, load_pretrained, save_pretrained
 from train import lr_at, make_optimizer, this_machine, update
 
@@ -218,14 +218,11 @@ def fine_tune(model, examples, labels, point, machine, title=""):
     regression, rng = len(model.labels) == 1, np.random.default_rng(point["seed"])
     labels = torch.tensor(labels, dtype=torch.float32 if regression else torch.int64)
     batches = [b for _ in range(point["epochs"]) for b in batches_of(examples, point["batch_size"], rng)]
-    schedule = SimpleNamespace(
-        lr=point["lr"], max_steps=len(batches), warmup=0.06, weight_decay=0.1
-    )  # Table 5
+    schedule = SimpleNamespace(lr=point["lr"], max_steps=len(batches), warmup=0.06, weight_decay=0.1)
     optimizer = make_optimizer(model, schedule)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
     model.train()
     for step, batch in enumerate(tqdm(batches, title, disable=None, leave=False)):
-        torch.manual_seed(seed_of(point["seed"], 5, step))  # dropout
         tokens, mask = pad([examples[i] for i in batch], machine.device)
         y = labels[batch].to(machine.device)  # (B,)
         with machine.autocast():
@@ -242,7 +239,7 @@ def load_examples(name, task, flags, tokenizer):
         texts, labels, dropped = read_split(Path(flags.glue or "", name, file), task)
         ids, cut = encode(texts, tokenizer, flags.max_len)
         print(
-            f"{name}/{file}: {len(ids):,} examples, {cut:,} cut to {flags.max_len} tokens, {dropped} dropped"
+            f"{name}/{file}: {len(ids):,} examples ({cut:,} cut to --max_len), {dropped} dropped", flush=True
         )
         splits.append((ids, labels))
     return splits
@@ -253,9 +250,9 @@ def run_once(title, name, task, splits, point, init, machine):
     train, *devs = splits
     config, encoder = load_pretrained(init)
     config.dropout = 0.1  # Table 5
-    torch.manual_seed(seed_of(point["seed"], 6))
+    torch.manual_seed(point["seed"])  # the head's weights, and dropout
     model = Classifier(config, len(task.labels or ["score"]))
-    model.labels = task.labels or model.labels
+    model.labels = task.labels or ["score"]
     model.encoder.load_state_dict(encoder.state_dict())
     model.to(machine.device)
     fine_tune(model, *train, point, machine, title)
@@ -367,8 +364,9 @@ def write_predictions(name, task, flags, tokenizer, machine):
         texts, *_ = read_split(path, task, labelled=False)
         logits = predict(model, encode(texts, tokenizer, flags.max_len)[0], machine)
         scores = logits[:, 0].clip(0, 5) if name == "STS-B" else logits[:, 0]
-        classes = [task.labels[i] for i in logits.argmax(1)] if task.labels else None
-        predictions = classes or [f"{x:.3f}" for x in scores]
+        predictions = [f"{x:.3f}" for x in scores]
+        if task.labels:
+            predictions = [task.labels[i] for i in logits.argmax(1)]
         write(answers, "index\tprediction\n" + "".join(f"{i}\t{x}\n" for i, x in enumerate(predictions)))
         print(f"{answers}: {len(predictions):,} predictions")
 

@@ -201,7 +201,7 @@ class SelfDecoder(Decoder):
 
     def forward(self, latents, batch):
         latents = self.bridge(latents)  # (B, n_en, d_de)
-        masks = self.mask.to(latents.dtype).expand(*batch.masked.shape, -1)  # (B, n_m, d_de)
+        masks = self.mask.expand(*batch.masked.shape, -1)  # (B, n_m, d_de)
         positions = torch.cat([batch.kept, batch.masked], dim=1)  # (B, n)
         x = torch.cat([latents, masks], dim=1) + self.pos(positions)  # (B, n, d_de)
         x = self.transformer(self.drop(x))
@@ -270,7 +270,7 @@ class Classifier(nn.Module):
     def __init__(self, config, n_classes):
         super().__init__()
         self.config = config
-        self.labels = [f"LABEL_{i}" for i in range(n_classes)]  # names of the classes, for config.json
+        self.labels = [str(i) for i in range(n_classes)]  # names of the classes, for config.json
         self.encoder = Encoder(config)
         self.drop = Dropout(config.dropout)
         self.dense = nn.Linear(config.n_embd, config.n_embd)
