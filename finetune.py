@@ -3,7 +3,7 @@
     python finetune.py --task RTE --glue GLUE_DIR --init out/tiny/hf --out out/rte
     python finetune.py --task all --glue GLUE_DIR --init out/x/hf --out out/glue --sweep --predict
     torchrun --nproc_per_node 8 finetune.py --task all ... --sweep    the runs spread over 8 processes
-    python finetune.py --train train.tsv --dev dev.tsv --init roberta-base/ --out out/mine
+    python finetune.py --task mine --glue tasks --init roberta-base/ --out out/mine    a task of your own
 
 --init is the hf/ folder of a train.py run, or any Hugging Face RoBERTa folder. --lr, --batch_size, --epochs
 and --seed take several values, which make a grid; --sweep fills in Table 5's grid and five seeds. For each
@@ -12,9 +12,9 @@ finished run is a line of OUT/results.jsonl, and the same command resumes after 
 made of these lines. The best model of each task is in OUT/TASK/hf, and with --predict the leaderboard's files
 are in OUT/predictions.
 
-A task of your own is a tab-separated file whose header names sentence1, label and, for pairs, sentence2. This
-file does not download GLUE, shard a model, or use layer-wise learning rates or ensembles. 3ML's decoder is
-gone by now.
+A task of your own is a folder with train.tsv, dev.tsv and, for --predict, test.tsv: tab-separated files whose
+first line names the columns sentence1, label and, for pairs, sentence2. This file does not download GLUE,
+shard a model, or use layer-wise learning rates or ensembles.
 
 Shapes: B examples of a batch | T tokens of the longest, the others padded | C classes, 1 for regression
 """
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import UserError, Vocab, command, fail, load_tokenizer, lock, parse_flags, write
+from data import Vocab, command, fail, load_tokenizer, lock, parse_flags, write
 from model import Classifier, load_pretrained, save_pretrained
 from train import lr_at, make_optimizer, this_machine, update
 
@@ -157,18 +157,16 @@ def read_label(text, task, where):
     fail(f"{where}: label {text!r} is not {expected}")
 
 
-def own_task(flags):
-    """The Task of --train, --dev and --test; its classes are the labels of the training file."""
-    names, *rows = read_table(flags.train)
-    labels, metrics = None, ("pearson", "spearman")
-    if not flags.regression and "label" in names:
-        column, metrics = names.index("label"), ("acc",)
-        labels = tuple(sorted({row[column].strip() for row in rows if len(row) == len(names)}))
-        if not 2 <= len(labels) <= 1000:
-            fail(f"{flags.train}: {len(labels)} classes, too few or too many (numbers: --regression)")
-    train, dev, *tests = (str(Path(f).absolute()) for f in (flags.train, flags.dev, flags.test) if f)
-    answers = [Path(test).stem for test in tests]
-    return Task(S1, S2 if S2 in names else None, "label", labels, metrics, train, (dev,), tests, answers)
+def own_task(path, regression):
+    """The Task of a training file with columns sentence1, label and, for pairs, sentence2."""
+    names, *rows = read_table(path)
+    task = Task(S1, S2 if S2 in names else None, "label", None, ("pearson", "spearman"))
+    if "label" in names and not regression:
+        column, task.metrics = names.index("label"), ("acc",)
+        task.labels = tuple(sorted({row[column].strip() for row in rows if len(row) == len(names)}))
+        if not 2 <= len(task.labels) <= 1000:
+            fail(f"{path}: {len(task.labels)} classes, too few or too many (numbers: --regression)")
+    return task
 
 
 # Texts -> batches
@@ -236,7 +234,7 @@ def load_examples(name, task, flags, tokenizer):
     """[(ids, labels) of a task's training file, the same of each development file]."""
     splits = []
     for file in (task.train, *task.dev):
-        texts, labels, dropped = read_split(Path(flags.glue or "", name, file), task)
+        texts, labels, dropped = read_split(Path(flags.glue, name, file), task)
         ids, cut = encode(texts, tokenizer, flags.max_len)
         print(
             f"{name}/{file}: {len(ids):,} examples ({cut:,} cut to --max_len), {dropped} dropped", flush=True
@@ -355,7 +353,7 @@ def write_predictions(name, task, flags, tokenizer, machine):
     """Predict a task's test files with its best model: `index<TAB>prediction`, index from 0, the names of the
     classes or a number (for STS-B from 0 to 5)."""
     for test, answers in zip(task.tests, task.answers or [name]):
-        path, folder = Path(flags.glue or "", name, test), Path(flags.out, name, "hf")
+        path, folder = Path(flags.glue, name, test), Path(flags.out, name, "hf")
         answers = Path(flags.out, "predictions", f"{answers}.tsv")
         if missing := [str(x) for x in (folder, path) if not x.exists()]:
             print(f"{missing[0]} is missing, so there is no {answers}")
@@ -378,38 +376,31 @@ def write_predictions(name, task, flags, tokenizer, machine):
 class Flags:
     """Every field is a flag."""
 
+    task: str  # a folder in --glue: a GLUE task or one of your own; all: GLUE's whose files are there
+    glue: str  # folder with GLUE's folders CoLA, SST-2, ..., or with your own
     init: str  # Hugging Face RoBERTa folder to start from
     out: str  # folder for results and models
-    task: Literal[(*TASKS, "all")] = None  # a GLUE task, or all whose files are there
-    glue: str = None  # folder with GLUE's folders CoLA, SST-2, ...
     lr: list[float] = None  # peak learning rates (default: 5e-5)
     batch_size: list[int] = None  # examples of a step (default: 32)
     epochs: list[int] = None  # passes over the training file (default: 3)
     seed: list[int] = 0  # seeds of head, order and dropout
     sweep: bool = False  # Table 5's grid and five seeds for what is not given
     max_len: int = None  # tokens of an example (default: 128, or the encoder's n_positions if fewer)
-    predict: bool = False  # write the leaderboard's files
-    train: str = None  # a task of your own: its training file
-    dev: str = None  # its development file
-    test: str = None  # its test file, with or without labels, to predict
-    regression: bool = False  # its labels are numbers
+    predict: bool = False  # predict the test files, as the leaderboard wants it
+    regression: bool = False  # the labels of your own task are numbers
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision
-
-    def __post_init__(self):
-        if bool(self.task and self.glue) == bool(self.train and self.dev):
-            raise UserError("give either --task and --glue, or --train and --dev of a task of your own")
 
 
 def find_tasks(flags):
-    """{name: Task} of what is to be done: a task of one's own, or those of GLUE whose files are there."""
-    if flags.train:
-        return {Path(flags.train).stem: own_task(flags)}
-    names = TASKS if flags.task == "all" else [flags.task]
-    tasks = {name: TASKS[name] for name in names if Path(flags.glue, name, "train.tsv").is_file()}
-    for name in names:
-        if name not in tasks:
-            print(f"{name}: {flags.glue}/{name}/train.tsv is missing")
-    return tasks or fail(f"--glue {flags.glue}: has no files of {', '.join(names)}")
+    """{name: Task} of what is to be done."""
+    tasks = {}
+    for name in TASKS if flags.task == "all" else [flags.task]:
+        path = Path(flags.glue, name, "train.tsv")
+        if path.is_file():
+            tasks[name] = TASKS.get(name) or own_task(path, flags.regression)
+        else:
+            print(f"{path} is missing")
+    return tasks or fail(f"--glue {flags.glue}: has no {flags.task}/train.tsv")
 
 
 @command
@@ -439,7 +430,7 @@ def main(argv):
         write(Path(flags.out) / "results.json", json.dumps(results, indent=1))
         print_table(summary)
         print(f"average of {len(summary)} tasks: {100 * average:.1f} ({AVERAGE})")
-        for name in tasks if flags.predict or flags.test else []:
+        for name in tasks if flags.predict else []:
             write_predictions(name, tasks[name], flags, tokenizer, machine)
 
 

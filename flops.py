@@ -54,45 +54,43 @@ def prediction_projected(n, r, d_en, d_de, V):
     return 2 * n * r * (d_de * d_en + d_en * V)
 
 
-# A training run. Forward and backward count as 2 x forward, as in the paper; for ratios it does not matter.
-
-
-def roberta(b, u, l, n, d, r, V):
-    """Eq. 2: vanilla MLM, all n tokens through the encoder."""
-    return 2 * b * u * (l * block(n, d) + prediction(n, r, d, V))
-
-
-def three_ml_self(b, u, l_en, l_de, n, d_en, d_de, r, V):
-    """Eq. 3: 3MLself."""
-    n_en = (1 - 0.8 * r) * n
-    encoder = l_en * block(n_en, d_en)
-    decoder = 2 * n_en * d_en * d_de + l_de * block(n, d_de)
-    return 2 * b * u * (encoder + decoder + prediction_projected(n, r, d_en, d_de, V))
-
-
-def three_ml_cross(b, u, l_en, l_de, n, d_en, d_de, r, V):
-    """Eq. 4: 3MLcross; the 0.2rn replaced and unchanged tokens are predicted after the encoder."""
-    n_en, n_de = (1 - 0.8 * r) * n, 0.8 * r * n
-    encoder = l_en * block(n_en, d_en)
-    decoder = 2 * n_en * d_en * d_de + l_de * cross_block(n_en, n_de, d_de)
-    visible = prediction(n_en, 0.2 * r / (1 - 0.8 * r), d_en, V)
-    return 2 * b * u * (encoder + decoder + visible + prediction_projected(n_de, 1, d_en, d_de, V))
+def row(decoder, n, n_masked, k, l_en, l_de, d_en, d_de, V):
+    """Forward pass of one row, of which n_masked tokens are [MASK] and k are predicted: the brackets of Eq. 2
+    ("none", vanilla MLM), Eq. 3 ("self") and Eq. 4 ("cross")."""
+    if decoder == "none":
+        return l_en * block(n, d_en) + prediction(k, 1, d_en, V)
+    n_en = n - n_masked
+    encoder = l_en * block(n_en, d_en) + (2 * n_en * d_en * d_de if d_en != d_de else 0)
+    if decoder == "self":
+        return encoder + l_de * block(n, d_de) + prediction_projected(k, 1, d_en, d_de, V)
+    visible = prediction(k - n_masked, 1, d_en, V)  # the replaced and unchanged tokens
+    masks = l_de * cross_block(n_en, n_masked, d_de) + prediction_projected(n_masked, 1, d_en, d_de, V)
+    return encoder + masks + visible
 
 
 def forward(config, n, n_masked, k):
     """Forward FLOPs of one row of n tokens, of which n_masked are [MASK] and k are predicted, through a
     model.MaskedLM of this model.ModelConfig: exactly those of its matrix products."""
-    d_en, d_de, V = config.n_embd, config.n_embd_dec, config.vocab_size
-    last = 2 * k * d_en * V
-    if config.decoder == "none":
-        return config.n_layer * block(n, d_en) + 2 * k * d_en**2 + last
-    n_en = n - n_masked
-    bridge = 2 * n_en * d_en * d_de if d_en != d_de else 0
-    total = config.n_layer * block(n_en, d_en) + bridge + last
-    if config.decoder == "self":
-        return total + config.n_layer_dec * block(n, d_de) + 2 * k * d_de * d_en
-    first = 2 * n_masked * d_de * d_en + 2 * (k - n_masked) * d_en**2
-    return total + config.n_layer_dec * cross_block(n_en, n_masked, d_de) + first
+    shape = (config.n_layer, config.n_layer_dec, config.n_embd, config.n_embd_dec, config.vocab_size)
+    return row(config.decoder, n, n_masked, k, *shape)
+
+
+# A training run. Forward and backward count as 2 x forward, as in the paper; for ratios it does not matter.
+
+
+def roberta(b, u, l, n, d, r, V):
+    """Eq. 2: vanilla MLM, all n tokens through the encoder."""
+    return 2 * b * u * row("none", n, 0, r * n, l, 0, d, d, V)
+
+
+def three_ml_self(b, u, l_en, l_de, n, d_en, d_de, r, V):
+    """Eq. 3: 3MLself."""
+    return 2 * b * u * row("self", n, 0.8 * r * n, r * n, l_en, l_de, d_en, d_de, V)
+
+
+def three_ml_cross(b, u, l_en, l_de, n, d_en, d_de, r, V):
+    """Eq. 4: 3MLcross; the 0.2rn replaced and unchanged tokens are predicted after the encoder."""
+    return 2 * b * u * row("cross", n, 0.8 * r * n, r * n, l_en, l_de, d_en, d_de, V)
 
 
 # The table

@@ -936,36 +936,26 @@ def encoder_folder(tmp_path_factory):
     return folder / "hf"
 
 
-def own_files(folder, rows=120):
-    """A task that one word decides."""
-    rng = np.random.default_rng(0)
-    for part in ("train", "dev", "test"):
-        lines = ["label\tsentence1"]
-        for _ in range(rows):
-            y, words = rng.integers(2), rng.choice(["the cat", "a dog", "on the mat", "barked"], 3)
-            lines.append(f"{'ny'[y]}\t{' '.join(words)} {['bad', 'good'][y]} {words[0]}")
-        (folder / f"{part}.tsv").write_text("\n".join(lines) + "\n")
-    return [f"--{p}={folder / p}.tsv" for p in ("train", "dev", "test")]
-
-
 def test_a_tiny_encoder_learns_a_task_of_ones_own(encoder_folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    argv = [
-        *own_files(tmp_path),
-        f"--init={encoder_folder}",
-        f"--out={out}",
-        "--dtype=fp32",
-        "--batch_size=8",
-    ]
-    ft.main([*argv, "--lr=1e30", "--epochs=1"])  # diverges, and is flagged
+    """One word decides. The first run diverges, and is flagged."""
+    rng, folder, out, answers = np.random.default_rng(0), tmp_path / "tasks/mine", tmp_path / "out", {}
+    folder.mkdir(parents=True)
+    for part in ("train", "dev", "test"):
+        answers[part], lines = rng.choice(["no", "yes"], 120), "label\tsentence1\n"
+        for y in answers[part]:
+            a, b = rng.choice(["the cat", "a dog", "on the mat", "barked"], 2)
+            lines += f"{y}\t{a} {dict(no='bad', yes='good')[y]} {b}\n"
+        (folder / f"{part}.tsv").write_text(lines)
+    argv = f"--task=mine --glue={tmp_path}/tasks --init={encoder_folder} --out={out} --dtype=fp32".split()
+    argv += ["--predict", "--batch_size=8"]
+    ft.main([*argv, "--lr=1e30", "--epochs=1"])
     assert "is missing, so there is no" in capsys.readouterr().out
     ft.main([*argv, "--lr=2e-3", "--epochs=15"])
     results = json.loads((out / "results.json").read_text())
     assert [run["collapsed"] for run in results["runs"]] == [True, False]
-    assert results["summary"]["train"]["metrics"]["acc"] == 1.0
-    predicted = (out / "predictions/test.tsv").read_text().splitlines()
-    truth = [line.split("\t")[0] for line in (tmp_path / "test.tsv").read_text().splitlines()[1:]]
-    assert predicted == ["index\tprediction", *(f"{i}\t{y}" for i, y in enumerate(truth))]
+    assert results["summary"]["mine"]["metrics"]["acc"] == 1.0
+    header, *predicted = (out / "predictions/mine.tsv").read_text().splitlines()
+    assert header == "index\tprediction" and predicted == [f"{i}\t{y}" for i, y in enumerate(answers["test"])]
     with refused(capsys, "--max_len: the runs"):
         ft.main([*argv, "--max_len=16"])
 
@@ -1052,18 +1042,20 @@ class Malice:
 def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
     """A folder of things that go wrong, and the working directory of the case."""
     monkeypatch.chdir(tmp_path)
-    for name in ("data", "short", "ids", "hf", "evil", "bert", "big", "run", "glue/RTE"):
+    for name in ("data", "short", "ids", "hf", "evil", "bert", "big", "run"):
         Path(name).mkdir(parents=True)
         for path in {"data": corpus, "short": corpus, "ids": corpus}.get(name, encoder_folder).iterdir():
             shutil.copy(path, name)
     texts = {
         "empty.txt": "", "null.txt": "text\nmore\0text\n", "one.txt": "a single document\n",
-        "ok.txt": "a b\n\nc d\n\ne f\n", "not.json": "{", "label.tsv": "sentence1\tlabel\na\tx\nb\n",
-        "header.tsv": "text\tlabel\na\tx\nb\ty\n", "ok.tsv": "sentence1\tlabel\na\tx\nb\ty\n",
-        "other.tsv": "sentence1\tlabel\na\tz\n", "nan.tsv": "sentence1\tlabel\na\t1.5\nb\tnan\n",
-        "glue/RTE/train.tsv": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n",
+        "ok.txt": "a b\n\nc d\n\ne f\n", "not.json": "{", "glue/RTE/train.tsv":
+        "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n", "glue/label/train.tsv": "sentence1\tlabel\na\tx\nb\n",
+        "glue/header/train.tsv": "text\tlabel\na\tx\nb\ty\n", "glue/other/dev.tsv": "sentence1\tlabel\na\tz\n",
+        "glue/other/train.tsv": "sentence1\tlabel\na\tx\nb\ty\n",
+        "glue/nan/train.tsv": "sentence1\tlabel\na\t1.5\nb\tnan\n",
     }  # fmt: skip
     for name, text in texts.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text)
     Path("latin.txt").write_bytes(b"one\n\ncaf\xe9 two\n")
     Path("short/train.bin").write_bytes(Path("short/train.bin").read_bytes()[:-5])
@@ -1081,7 +1073,7 @@ BAD = {
         ("--input none.txt", "none.txt"), ("--input empty.txt", "empty.txt: 0 doc"), ("--frob", "--frob"),
         ("--input null.txt", "null.txt: not UTF-8"), ("--input latin.txt", "latin.txt: not UTF-8"),
         ("--input one.txt", "one.txt: 1 document"), ("--doc page", "--doc"), ("--val_every 0", "--val_every"),
-        ("--out ok.tsv/o", "ok.tsv"), ("--tokenizer not.json", "not.json"), ("--verify no", "no/meta.json"),
+        ("--out ok.txt/o", "ok.txt"), ("--tokenizer not.json", "not.json"), ("--verify no", "no/meta.json"),
     ]),
     train: ("--data=data --out=o --seq_len=16 --max_steps=1 --device=cpu --n_layer=1 --n_embd=128", [
         ("--data no", "no/meta.json"), ("--data short", "short/train.bin"), ("--data ids", "ids/train.bin"),
@@ -1091,14 +1083,12 @@ BAD = {
         ("--device abacus", "--device"), ("--eval_only", "--eval_only"), ("--out run", "run/ckpt.pt"),
         ("--init bert", "bert/config.json"), ("--init evil", "evil/pytorch_model.bin"),
     ]),
-    ft: ("--init=hf --out=o", [
-        ("--task RTE", "--glue"), ("--task RTE --glue nothing", "nothing"), ("--task XYZ", "--task"),
-        ("--task RTE --glue glue", "glue/RTE/train.tsv: line 2"), ("--epochs 0", "--epochs: 0"),
-        ("--task RTE --glue glue --max_len 500", "--max_len 500"),
-        ("--task RTE --glue glue --init big", "big"), ("--train no.tsv --dev ok.tsv", "no.tsv"),
-        ("--train label.tsv --dev ok.tsv", "label.tsv"), ("--train header.tsv --dev ok.tsv", "header.tsv"),
-        ("--train ok.tsv --dev other.tsv", "other.tsv: line 2"),
-        ("--train nan.tsv --dev ok.tsv --regression", "nan.tsv: line 3"),
+    ft: ("--init=hf --out=o --glue=glue --task=RTE", [
+        ("--glue nothing", "nothing"), ("--task XYZ", "XYZ/train.tsv"), ("--init evil", "evil/pytorch_model.bin"),
+        ("--task RTE", "glue/RTE/train.tsv: line 2"), ("--max_len 500", "--max_len 500"), ("--init big", "big"),
+        ("--epochs 0", "--epochs: 0"), ("--task header", "header/train.tsv: line 1"),
+        ("--task label", "label/train.tsv"), ("--task other", "other/dev.tsv: line 2"),
+        ("--task nan --regression", "nan/train.tsv: line 3"),
     ]),
 }  # fmt: skip
 CASES = [(module, usual, text, names) for module, (usual, cases) in BAD.items() for text, names in cases]

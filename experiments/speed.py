@@ -115,7 +115,7 @@ class Contender:
         data = now(device) - start
         loss = train.backward(self.model, batch, self.config, self.done, self.machine, scaler)
         middle = now(device)
-        norm = train.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         assert torch.isfinite(loss + norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
