@@ -166,6 +166,12 @@ class Data:
             indices = np.where(short, (indices + 1) % count, indices)
         fail(f"{self.directory}/{part}.bin: no row of {n} tokens has {k} to predict; lower mask_rate")
 
+    def frequencies(self):
+        """(V,) how often each ordinary word occurs, as shares, in the first 16M tokens of train.bin."""
+        count = np.bincount(self.tokens["train"][: 1 << 24], minlength=self.vocab.size).astype(float) + 1
+        count[special_ids(self.vocab)] = 0  # they are never predicted
+        return count / count.sum()
+
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def permutation(n_rows, seed, epoch):
@@ -203,9 +209,7 @@ def read_documents(files, doc, title):
             text, unfinished = "", False
             for line in chain(read_lines(path, bar), [""]):  # "" is the end of the file
                 text += line
-                ends = (
-                    not line or (doc == "line" and line[-1] == "\n") or (doc == "blank" and not line.strip())
-                )
+                ends = not line or dict(line=line[-1:] == "\n", blank=not line.strip(), file=False)[doc]
                 if ends or len(text) >= PIECE:
                     body = text.rstrip()
                     if body or unfinished:
@@ -319,10 +323,9 @@ def write_python_docs(path):
     """Write the docstrings and other long strings in Python's library, numpy and torch: about 10 MB."""
     texts = {}  # a dict keeps the order and drops repetitions
     for root in (sysconfig.get_paths()["stdlib"], *np.__path__, *torch.__path__):
-        files = (
-            f for f in sorted(Path(root).rglob("*.py")) if "site-packages" not in f.relative_to(root).parts
-        )
-        for file in tqdm(files, f"reading {root}", unit="file", disable=None):
+        for file in tqdm(sorted(Path(root).rglob("*.py")), f"reading {root}", unit="file", disable=None):
+            if "site-packages" in file.relative_to(root).parts:
+                continue
             with suppress(SyntaxError, ValueError):
                 for node in ast.walk(ast.parse(file.read_bytes())):
                     text = getattr(node, "value", None)

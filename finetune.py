@@ -236,9 +236,7 @@ def load_examples(name, task, flags, tokenizer):
     for file in (task.train, *task.dev):
         texts, labels, dropped = read_split(Path(flags.glue, name, file), task)
         ids, cut = encode(texts, tokenizer, flags.max_len)
-        print(
-            f"{name}/{file}: {len(ids):,} examples ({cut:,} cut to --max_len), {dropped} dropped", flush=True
-        )
+        print(f"{name}/{file}: {len(ids):,} examples, {cut:,} of them cut; {dropped} dropped", flush=True)
         splits.append((ids, labels))
     return splits
 

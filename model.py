@@ -286,18 +286,15 @@ class Classifier(nn.Module):
 
 HF_TYPES = {"post": "roberta", "pre": "roberta_prelayernorm"}
 HF_NAMES = {  # parts of the names of our encoder's parameters, and what they are called in transformers
+    "transformer.blocks.": "encoder.layer.", "transformer.ln.": "LayerNorm.",
     "tok.": "embeddings.word_embeddings.", "pos.": "embeddings.position_embeddings.",
-    "ln.": "embeddings.LayerNorm.", "transformer.blocks.": "encoder.layer.",
-    "attn.q.": "attention.self.query.", "attn.k.": "attention.self.key.", "attn.v.": "attention.self.value.",
-    "attn.out.": "attention.output.dense.", "fc1.": "intermediate.dense.", "fc2.": "output.dense.",
+    "ln.": "embeddings.LayerNorm.", "attn.q.": "attention.self.query.", "attn.k.": "attention.self.key.",
+    "attn.v.": "attention.self.value.", "attn.out.": "attention.output.dense.",
+    "fc1.": "intermediate.dense.", "fc2.": "output.dense.",
 }  # fmt: skip
 HF_NORMS = {
     "post": {"ln1.": "attention.output.LayerNorm.", "ln2.": "output.LayerNorm."},
-    "pre": {
-        "transformer.ln.": "LayerNorm.",
-        "ln1.": "attention.LayerNorm.",
-        "ln2.": "intermediate.LayerNorm.",
-    },
+    "pre": {"ln1.": "attention.LayerNorm.", "ln2.": "intermediate.LayerNorm."},
 }
 HF_HEADS = {  # our modules outside the encoder: the head of vanilla MLM, and the classifier's
     "decoder.fc1": "lm_head.dense", "ln": "lm_head.layer_norm", "": "lm_head",
@@ -311,7 +308,7 @@ def hf_name(name, norm):
     if module in HF_HEADS:
         return f"{HF_HEADS[module]}.{kind}"
     name = name.removeprefix("encoder.")
-    for ours, theirs in (HF_NORMS[norm] | HF_NAMES).items():
+    for ours, theirs in (HF_NAMES | HF_NORMS[norm]).items():
         name = name.replace(ours, theirs)
     return f"{HF_TYPES[norm]}.{name}"
 
@@ -333,10 +330,8 @@ def save_pretrained(model, directory, tokenizer_file=None):
     model: a MaskedLM (3ML: the encoder alone, since transformers has no class for the decoder; vanilla MLM:
     the head too, as ForMaskedLM), or a Classifier (as ForSequenceClassification). Raises OSError."""
     config, settings, labels = model.config, hf_config(model.config), getattr(model, "labels", [])
-    with_head = labels or config.decoder == "none"
-    state = {
-        n: p.float().cpu() for n, p in model.state_dict().items() if with_head or n.startswith("encoder.")
-    }
+    part = "" if labels or config.decoder == "none" else "encoder."
+    state = {name: p.float().cpu() for name, p in model.state_dict().items() if name.startswith(part)}
     state["encoder.pos.weight"] = F.pad(state["encoder.pos.weight"], (0, 0, 2, 0))
     weights = {hf_name(name, config.norm): p.clone() for name, p in state.items()}
     token_type = f"{HF_TYPES[config.norm]}.embeddings.token_type_embeddings.weight"

@@ -37,21 +37,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import flops
-from data import (
-    DEFAULT_DATA,
-    Data,
-    UserError,
-    atomic,
-    command,
-    corrupt,
-    counts,
-    fail,
-    lock,
-    parse_flags,
-    seed_of,
-    special_ids,
-    write,
-)
+from data import DEFAULT_DATA, Data, atomic, command, corrupt, counts, fail, lock, parse_flags, seed_of, write
 from data import main as prepare_default_data
 from model import MaskedLM, ModelConfig, load_pretrained, save_pretrained
 
@@ -90,7 +76,7 @@ class Run(ModelConfig):
         self.n_positions = self.n_positions or self.seq_len
         super().__post_init__()
         if self.seq_len > self.n_positions:
-            raise UserError(f"seq_len is {self.seq_len}, must be at most n_positions, {self.n_positions}")
+            fail(f"seq_len is {self.seq_len}, must be at most n_positions, {self.n_positions}")
 
 
 @dataclass
@@ -297,10 +283,8 @@ def perplexities(nats, batch, suffix=""):
 
 def unigram(data, batch):
     """Perplexities of a model that only knows how frequent each word is: every run must beat them."""
-    frequency = np.bincount(data.tokens["train"][: 1 << 24], minlength=data.vocab.size).astype(float)
-    frequency[special_ids(data.vocab)] = 0  # they are never predicted
-    nats = torch.from_numpy(-np.log((frequency + 1) / (frequency + 1).sum()))  # (V,)
-    return perplexities(nats[batch.labels].mean(0), batch)
+    nats = -torch.from_numpy(data.frequencies())[batch.labels].log()  # (B, k)
+    return perplexities(nats.mean(0), batch)
 
 
 # Checkpoints
