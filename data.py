@@ -53,12 +53,10 @@ class Corrupted(NamedTuple):
     labels: torch.Tensor  # (B, k) the original tokens there
     n_replaced: int  # with n_m it cuts predict into its three kinds
 
-    def rows(self, start, stop):
-        """The same for rows start to stop."""
-        return Corrupted(*(x[start:stop] for x in self[:-1]), self.n_replaced)
-
-    def to(self, device):
-        return Corrupted(*(x.to(device, non_blocking=True) for x in self[:-1]), self.n_replaced)
+    def rows(self, start, stop, device):
+        """Rows start to stop, on a device."""
+        tensors = (x[start:stop].to(device, non_blocking=True) for x in self[:-1])
+        return Corrupted(*tensors, self.n_replaced)
 
 
 def counts(n, rate, strategy=(0.8, 0.1, 0.1)):
@@ -434,7 +432,7 @@ def parse_flags(config_class, argv, description, presets=lambda given: {}):
             default = "" if f.default in (None, "", MISSING) else f" (default: {f.default})"
             parser.add_argument(f"--{f.name}", help=comments[f.name] + default, **how)
     given = vars(parser.parse_args(argv))
-    return config_class(**{**presets(given), **given})
+    return config_class(**(presets(given) | given))
 
 
 # The command
@@ -462,7 +460,7 @@ def main(argv):
     if flags.input and not flags.out:
         fail("--out: missing; name the folder to write")
     for pattern in flags.input or []:
-        found = [f for f in sorted(glob.glob(pattern, recursive=True)) or [pattern] if os.path.isfile(f)]
+        found = [f for f in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(f)]
         files += found or fail(f"--input {pattern}: no such file; name files, or a glob of them in quotes")
     if not files:
         files = [Path(out) / "corpus.txt"]

@@ -338,13 +338,11 @@ def percent(metrics):
 
 
 def print_table(summary):
-    """As Table 3: every metric in percent, the median over the seeds."""
-    row = "{:<9}{:<34}{:>7}{:>14}{:>7}{:>6}{:>11}"
-    print("\n" + row.format("task", "metrics (%)", "score", "range", "seeds", "runs", "collapsed"))
+    """As Table 3, in percent: the median and the range of the score over the seeds, then every metric."""
     for name, s in summary.items():
-        score, least, most = (f"{100 * x:.1f}" for x in (s["score"], *s["range"]))
-        spread = f"{least}-{most}"
-        print(row.format(name, percent(s["metrics"]), score, spread, s["seeds"], s["runs"], s["collapsed"]))
+        score = percent(dict(score=s["score"], least=s["range"][0], most=s["range"][1]))
+        numbers = f"seeds {s['seeds']}  runs {s['runs']}  collapsed {s['collapsed']}"
+        print(f"{name:<7}{score}  {numbers}  {percent(s['metrics'])}")
 
 
 def write_predictions(name, task, flags, tokenizer, machine):

@@ -95,10 +95,7 @@ def three_ml_cross(b, u, l_en, l_de, n, d_en, d_de, r, V):
 
 # The table
 
-SIZES = {  # batch, row length, and the shapes of vanilla MLM and of 3ML
-    "large": (dict(b=4096, n=128), dict(l=24, d=1024), dict(l_en=24, l_de=2, d_en=1024, d_de=512)),
-    "base": (dict(b=2048, n=512), dict(l=12, d=768), dict(l_en=12, l_de=2, d_en=768, d_de=384)),
-}
+SIZES = {"large": (4096, 128, 24, 1024), "base": (2048, 512, 12, 768)}  # batch, row length, layers, width
 TABLE_3 = (  # name, size, decoder, masking rate, updates, the paper's speed-up
     ("24hBERT-15%", "large", "none", 0.15, 23_000, 1.00),
     ("24hBERT-40%", "large", "none", 0.40, 23_000, 1.00),
@@ -116,9 +113,11 @@ TABLE_3 = (  # name, size, decoder, masking rate, updates, the paper's speed-up
 
 def run(size, decoder, r, u):
     """FLOPs of a run of Table 3, as the paper counts them."""
-    batch, vanilla, three_ml = SIZES[size]
-    formula = {"none": roberta, "self": three_ml_self, "cross": three_ml_cross}[decoder]
-    return formula(**batch, **(vanilla if decoder == "none" else three_ml), u=u, r=r, V=50265)
+    b, n, l, d = SIZES[size]
+    if decoder == "none":
+        return roberta(b, u, l, n, d, r, 50265)
+    formula = {"self": three_ml_self, "cross": three_ml_cross}[decoder]
+    return formula(b, u, l, 2, n, d, d // 2, r, 50265)
 
 
 def main(argv=None):

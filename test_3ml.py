@@ -644,7 +644,7 @@ def test_division_of_work_changes_nothing(decoder, dropout, corpus, tmp_path):
 
 @ALL_MODELS
 def test_resume_after_any_step_is_bit_identical(decoder, corpus, tmp_path, monkeypatch):
-    """Killed in steps 1, 2, 3 and 4, with what a kill in the middle of saving leaves. Once without [MASK]s."""
+    """Killed in steps 1 to 4, with what a kill in the middle of saving leaves. Once without [MASK]s."""
     changes = dict(decoder=decoder, max_steps=5, dropout=0.1)
     changes |= dict(strategy=(0, 0.5, 0.5)) if decoder == "none" else {}
     for step in range(1, 5):
@@ -667,7 +667,7 @@ def test_a_finished_run_is_evaluated_and_not_changed(corpus, tmp_path, capsys):
         assert capsys.readouterr().out.splitlines()[-3:] == last
     with data.lock(tmp_path), refused(capsys, "another process"):
         train.main(argv)
-    others = dict(lr=0.5, seq_len=12, decoder="cross", seed=1, strategy=(1, 0, 0))
+    others = dict(lr=0.5, eval_rows=8, decoder="cross", seed=1, strategy=(1, 0, 0))
     for field, value in others.items():
         with refused(capsys, f"{field} "):
             train.main(arguments(corpus, tmp_path, **{field: value}))
@@ -732,6 +732,36 @@ def test_init_starts_from_a_published_encoder(corpus, tmp_path, capsys):
     assert equal(dict(source.encoder.state_dict()), dict(encoder.state_dict()))
     with refused(capsys, "init"):  # resuming without it is another run
         train.main(arguments(corpus, tmp_path / "out", lr=0, max_steps=2))
+
+
+@ALL_MODELS
+def test_fill_is_the_pipeline_of_transformers(decoder, corpus, tmp_path, capsys):
+    """transformers has no 3ML decoder: there, the order of the [MASK]s in memory must not matter."""
+    transformers = pytest.importorskip("transformers")
+    train.main(arguments(corpus, tmp_path, decoder=decoder, lr=0.01))
+    text = "the cat <mask> on a <mask> and"
+    words = train.fill(tmp_path, text)
+    if decoder == "none":
+        pipeline = transformers.pipeline("fill-mask", str(tmp_path / "hf"))
+        expected = [[(x["token"], x["score"]) for x in best] for best in pipeline(text)]
+    else:
+        config = train.Config(**json.loads((tmp_path / "config.json").read_text()))
+        net = m.MaskedLM(config).eval()
+        net.load_state_dict(torch.load(tmp_path / "ckpt.pt")["model"])
+        ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(text)["input_ids"]])
+        kept, masked = ([i for i, x in enumerate(ids[0]) if (x == ids.max()) == m] for m in (False, True))
+        kept, masked = torch.tensor([kept]), torch.tensor([masked[::-1]])
+        p = net.logits(Corrupted(ids, kept, masked, masked, masked, 0)).softmax(-1)[0].flip(0)
+        expected = [[(i, x[i].item()) for i in x.topk(5).indices.tolist()] for x in p]
+    decode = data.load_tokenizer(tmp_path / "hf/tokenizer.json")[0].decode
+    for ours, theirs in zip(words, expected, strict=True):
+        assert [word for word, _ in ours] == [decode([i]) for i, _ in theirs]
+        close(torch.tensor([p for _, p in ours]), torch.tensor([p for _, p in theirs]))
+    for text in ("no mask here", "the <mask>" * 30):
+        with refused(capsys, "--fill: needs a <mask>, and at most 16 tokens"):
+            train.main([f"--out={tmp_path}", f"--fill={text}"])
+    train.main([f"--out={tmp_path}", "--fill=the <mask>"])
+    assert capsys.readouterr().out.count("%") == 5
 
 
 def test_clipping_divides_by_the_norm_and_fp16s_scaler_does_not_matter(corpus, tmp_path):
@@ -1029,9 +1059,10 @@ def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
         shutil.copytree(source or encoder_folder, name)
     texts = {
         "empty.txt": "", "null.txt": "text\nmore\0text\n", "one.txt": "a single document\n", "not.json": "{",
-        "ok.txt": "a b\n\nc d\n\ne f\n", "glue/RTE/train.tsv": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n",
-        "glue/label/train.tsv": "sentence1\tlabel\na\tx\nb\n", "glue/head/train.tsv": "text\tlabel\na\tx\nb\ty\n",
-        "glue/dev/train.tsv": "sentence1\tlabel\na\tx\nb\ty\n", "glue/dev/dev.tsv": "sentence1\tlabel\na\tz\n",
+        "glue/RTE/train.tsv": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n",
+        "ok.txt": "a b\n\nc d\n\ne f\n", "glue/label/train.tsv": "sentence1\tlabel\na\tx\nb\n",
+        "glue/head/train.tsv": "text\tlabel\na\tx\nb\ty\n", "glue/dev/dev.tsv": "sentence1\tlabel\na\tz\n",
+        "glue/dev/train.tsv": "sentence1\tlabel\na\tx\nb\ty\n",
         "glue/nan/train.tsv": "sentence1\tlabel\na\t1.5\nb\tnan\n",
     }  # fmt: skip
     for name, text in texts.items():

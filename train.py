@@ -4,6 +4,7 @@
     torchrun train.py --decoder none --mask_rate 0.15 --out out/vanilla         the vanilla MLM beside it
     torchrun --nproc_per_node 8 train.py --recipe efficient-large --data data/mine
     torchrun train.py --out out/tiny --eval_only      evaluate the checkpoint of a run and export it
+    python train.py --out out/tiny --fill "returns the <mask> of a list"      the likeliest words
 
 The same command resumes an interrupted run. A run writes to --out: ckpt.pt and ckpt.prev.pt (all that
 resuming needs), log.jsonl (a line per log_every steps and per evaluation), config.json, and hf/ (the encoder,
@@ -37,7 +38,21 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import flops
-from data import DEFAULT_DATA, Data, atomic, command, corrupt, counts, fail, lock, parse_flags, seed_of, write
+from data import (
+    DEFAULT_DATA,
+    Corrupted,
+    Data,
+    atomic,
+    command,
+    corrupt,
+    counts,
+    fail,
+    load_tokenizer,
+    lock,
+    parse_flags,
+    seed_of,
+    write,
+)
 from data import main as prepare_default_data
 from model import MaskedLM, ModelConfig, load_pretrained, save_pretrained
 
@@ -45,7 +60,7 @@ from model import MaskedLM, ModelConfig, load_pretrained, save_pretrained
 RECIPES = {
     "tiny": dict(
         n_layer=3, n_embd=256, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=64, batch_size=32,
-        max_steps=3100, lr=4e-3, eval_every=400, save_every=400,
+        max_steps=2700, lr=4e-3, eval_every=400, save_every=400,
     ),
     "efficient-large": dict(
         n_layer=24, n_embd=1024, norm="pre", mask_rate=0.5, seq_len=128, batch_size=4096,
@@ -73,7 +88,7 @@ class Run(ModelConfig):
     seed: int = 0  # seed of initialization, rows, masks and dropout
 
     def __post_init__(self):
-        self.n_positions = self.n_positions or self.seq_len
+        self.n_positions, self.strategy = self.n_positions or self.seq_len, tuple(self.strategy)
         super().__post_init__()
         if self.seq_len > self.n_positions:
             fail(f"seq_len is {self.seq_len}, must be at most n_positions, {self.n_positions}")
@@ -96,6 +111,7 @@ class Config(Run):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to run
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     eval_only: bool = False  # evaluate the checkpoint in --out and export it, without training
+    fill: str = ""  # a text with <mask>s: only print the likeliest words there, by the run in --out
 
 
 def presets(given):
@@ -116,7 +132,7 @@ def lr_at(step, config):
     warmup = round(config.warmup * config.max_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    return config.lr * (config.max_steps - step) / max(1, config.max_steps - warmup)
+    return config.lr * (config.max_steps - step) / (config.max_steps - warmup)
 
 
 def make_optimizer(model, config):
@@ -147,7 +163,7 @@ def backward(model, batch, config, step, machine, scaler):
         stop = min(at + config.micro_batch_size, end)
         with nullcontext() if stop == end or machine.world == 1 else model.no_sync():
             with machine.autocast():
-                loss = model(batch.rows(at, stop)).sum() / (share * k)
+                loss = model(batch.rows(at, stop, machine.device)).sum() / (share * k)
             scaler.scale(loss).backward()
         total = total + loss.detach()
     return total
@@ -265,7 +281,7 @@ def evaluate(model, batches, config, machine):
         total = torch.zeros(batch.predict.size(1), dtype=torch.float64)  # (k,)
         for at in range(machine.rank * size, len(batch.inputs), machine.world * size):
             with machine.autocast():
-                total += model(batch.rows(at, at + size).to(machine.device)).sum(0).cpu()
+                total += model(batch.rows(at, at + size, machine.device)).sum(0).cpu()
         entry |= perplexities(torch.tensor(machine.sum(total)) / len(batch.inputs), batch, suffix)
     model.train()
     return entry
@@ -285,6 +301,24 @@ def unigram(data, batch):
     """Perplexities of a model that only knows how frequent each word is: every run must beat them."""
     nats = -torch.from_numpy(data.frequencies())[batch.labels].log()  # (B, k)
     return perplexities(nats.mean(0), batch)
+
+
+@torch.no_grad()
+def fill(out, text):
+    """For each <mask> of a text, the five likeliest words by the run in `out`, as (word, probability)."""
+    config = Config(**json.loads((Path(out) / "config.json").read_text()))
+    model, state = MaskedLM(config).eval(), load_checkpoint(out)
+    model.load_state_dict((state or fail(f"{out}: there is no checkpoint"))["model"])
+    tokenizer, vocab = load_tokenizer(Path(config.data) / "tokenizer.json")
+    tokenizer.encode_special_tokens = False  # "<mask>" is a token here
+    tokens = torch.tensor([tokenizer.encode(text).ids])  # (1, n)
+    kept, masked = (tokens != vocab.mask)[0].nonzero().T, (tokens == vocab.mask)[0].nonzero().T  # (1, n_m)
+    if not masked.numel() or tokens.numel() > config.n_positions:
+        fail(f"--fill: needs a <mask>, and at most {config.n_positions} tokens; has {tokens.numel()}")
+    batch = Corrupted(tokens, kept, masked, predict=masked, labels=masked, n_replaced=0)
+    best = model.logits(batch)[0].softmax(-1).topk(5)  # (n_m, 5)
+    words = [[tokenizer.decode([i]) for i in ids] for ids in best.indices.tolist()]
+    return [list(zip(*x)) for x in zip(words, best.values.tolist())]
 
 
 # Checkpoints
@@ -322,12 +356,10 @@ def load_checkpoint(out):
 
 def resume(parts, data, config, machine):
     """Load the checkpoint of config.out, if there is one. Returns the number of steps that are done."""
-    state = load_checkpoint(config.out)
-    here = identity(config, data)
-    old = state["run"] if state else here
-    differ = [f"{name} {old[name]}, not {here[name]}" for name in old if here[name] != old[name]]
-    if differ:
-        fail(f"{config.out}: has a run with {'; '.join(differ)}; for a new run choose another --out")
+    state, here = load_checkpoint(config.out), identity(config, data)
+    for name, old in state["run"].items() if state else ():
+        if here[name] != old:
+            fail(f"{config.out}: has a run with {name} {old}, not {here[name]}; choose another --out")
     if machine.rank == 0 and not config.eval_only:  # what was logged after the checkpoint comes again
         with open(Path(config.out) / "log.jsonl", "ab") as f:
             f.truncate(min(f.tell(), state["log_bytes"]) if state else 0)
@@ -433,6 +465,10 @@ def prepare_run(config, machine):
 def main(argv):
     recipes = "\n".join(f"  {name}: {values or 'those below'}" for name, values in RECIPES.items())
     config = parse_flags(Config, argv, f"{__doc__}\nRecipes and their defaults:\n{recipes}", presets)
+    if config.fill:
+        for words in fill(config.out, config.fill):
+            print("  ".join(f"{word!r} {p:.1%}" for word, p in words))
+        return
     machine, out = this_machine(config.device, config.dtype), Path(config.out)
     if machine.world > 1:
         dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
@@ -452,7 +488,7 @@ def main(argv):
         else:
             if machine.rank == 0:
                 write(out / "config.json", json.dumps(asdict(config), indent=1))
-            entry, first = train(parts, data, val, config, machine, first), config.max_steps
+            entry = train(parts, data, val, config, machine, first)
         if machine.rank == 0:
             save_pretrained(model, out / "hf", data.tokenizer)
             print(f"\nevaluation:          {shown(entry)}")
