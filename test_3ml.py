@@ -33,6 +33,7 @@ import model as m
 import train
 from data import Corrupted, Data, Vocab, corrupt, counts
 
+HERE = Path(__file__).parent
 VOCAB = Vocab(size=99, mask=98)
 SHAPE = dict(vocab_size=99, n_positions=20, n_layer=2, n_embd=32, head_size=16, n_embd_dec=16)
 BOTH_NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
@@ -845,6 +846,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(corpus, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(errors) == 1 and "ckpt" in errors[0]
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("patch", sorted(HERE.glob("experiments/changes/*.patch")), ids=lambda p: p.stem)
+def test_the_readmes_changes_apply_and_learn(patch, corpus, tmp_path):
+    for script in HERE.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    subprocess.run(["git", "apply", patch], cwd=tmp_path, check=True)
+    argv = arguments(corpus, tmp_path / "out", decoder="cross", max_steps=30, lr=0.01, eval_every=30)
+    subprocess.run([sys.executable, "train.py", *argv], cwd=tmp_path, check=True)
+    losses = [entry["loss"] for entry in log_of(tmp_path / "out") if "loss" in entry]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 # ------------------------------------------------------------------------------- finetune.py
