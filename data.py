@@ -11,8 +11,7 @@ not grow with the text. This file does not clean, deduplicate or detokenize text
 the files, except that CRLF becomes LF and white space at the end of a document is removed.
 
 Shapes: B rows of a batch | n tokens of a row, <s> and </s> included | n_en kept + n_m masked = n
-        k tokens to predict: n_m [MASK]s, n_replaced random words, and the rest, which stay unchanged
-"""
+        k tokens to predict: n_m [MASK]s, n_replaced random words, and the rest, which stay unchanged"""
 
 import argparse
 import ast
@@ -87,10 +86,9 @@ def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab, generator=None):
     masked, kept = order[:, :n_m].sort().values, order[:, n_m:].sort().values
     replaced = order[:, n_m : n_m + n_replaced].sort().values
     unchanged = order[:, n_m + n_replaced : k].sort().values
-    specials = special_ids(vocab)
-    n_words = vocab.size - len(specials)
+    n_words = vocab.size - len(special_ids(vocab))
     words = torch.randint(n_words, replaced.shape, device=tokens.device, generator=generator)
-    for i in specials:  # ascending: skip each special id
+    for i in special_ids(vocab):  # ascending: skip each special id
         words += words >= i
     inputs = tokens.scatter(1, masked, vocab.mask).scatter_(1, replaced, words)
     predict = torch.cat([masked, replaced, unchanged], dim=1)
@@ -125,12 +123,11 @@ class Data:
     """A prepared folder. Row i of the part "train" is <s>, the tokens i (n - 2) to (i + 1)(n - 2) of
     train.bin, and </s> (RoBERTa's FULL-SENTENCES). Tokens after the last full row are not used.
 
-    .meta: meta.json; .vocab: a Vocab; .tokenizer: path of tokenizer.json; .tokens: {part: array of ids}."""
+    .meta: meta.json; .vocab: a Vocab; .tokens: {part: array of ids}."""
 
     def __init__(self, directory):
         self.directory, self.meta, self.tokens = Path(directory), read_meta(directory), {}
-        self.vocab, self.tokenizer = Vocab(**self.meta["vocab"]), self.directory / "tokenizer.json"
-        dtype = np.dtype(self.meta["dtype"])
+        self.vocab, dtype = Vocab(**self.meta["vocab"]), np.dtype(self.meta["dtype"])
         for part, count in self.meta["tokens"].items():
             path = self.directory / f"{part}.bin"
             if path.stat().st_size != count * dtype.itemsize:
@@ -247,16 +244,17 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val_every
         tokenizer, vocab = load_tokenizer(tokenizer)
         write(out / "tokenizer.json", tokenizer.to_str(pretty=True))
         dtype = np.dtype(np.uint16 if vocab.size <= 1 << 16 else np.uint32)
-        pieces = read_documents(files, doc, "tokenizing")
-        count = write_tokens(pieces, tokenizer, vocab, dtype, out, val_every)
+        count = write_tokens(
+            read_documents(files, doc, "tokenizing"), tokenizer, vocab, dtype, out, val_every
+        )
         tokens = {part: os.path.getsize(out / f"{part}.bin") // dtype.itemsize for part in ("train", "val")}
         if not all(tokens.values()):
             fail(f"{files[0]}: {count} document(s), too few for training and validation; see --doc")
         meta = dict(vocab=asdict(vocab), dtype=dtype.name, tokens=tokens)
         meta["sha256"] = {name: sha256_of(out / name) for name in ("train.bin", "val.bin", "tokenizer.json")}
         write(out / "meta.json", json.dumps(meta, indent=1))
-    tokens = ", ".join(f"{count:,} tokens for {part}" for part, count in tokens.items())
-    print(f"{out}: {count:,} documents, a vocabulary of {vocab.size:,}, {tokens}")
+    tokens = f"{tokens['train']:,} tokens for training and {tokens['val']:,} for validation"
+    print(f"{out}: {count:,} documents, {vocab.size:,} words, {tokens}")
 
 
 def sha256_of(path):
@@ -278,9 +276,6 @@ def verify(directory):
         if sha256_of(path) != digest:
             fail(f"{path}: not what data.py wrote; delete {directory} and prepare the data again")
         print(f"{path}: unchanged")
-
-
-# Tokenizers
 
 
 def load_tokenizer(path):
@@ -312,9 +307,6 @@ def train_bpe(texts, vocab_size, path):
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
     write(path, tokenizer.to_str())
     return path
-
-
-# The default corpus: English prose that every installation carries
 
 
 def write_python_docs(path):
@@ -407,9 +399,8 @@ def parse_flags(config_class, argv, description, presets=lambda given: {}):
     Numbers must be at least 0, or at least 1 if they are whole and their default is not 0. presets: a
     function from the given flags to other defaults."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)  # fmt: skip
     parser.error = fail
     sources = "".join(map(inspect.getsource, reversed(config_class.__mro__[:-1])))
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", sources, re.M))
@@ -440,8 +431,6 @@ def parse_flags(config_class, argv, description, presets=lambda given: {}):
 
 @dataclass
 class Flags:
-    """Every field is a flag."""
-
     input: list[str] = None  # UTF-8 text files, or globs (default: docstrings of the installed Python)
     doc: Literal["blank", "line", "file"] = "blank"  # a document: lines up to a blank one, a line, a file
     tokenizer: str = None  # a tokenizer.json to use, such as RoBERTa's (default: train one)

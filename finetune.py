@@ -6,18 +6,16 @@
     python finetune.py --task mine --glue tasks --init roberta-base/ --out out/mine    a task of your own
 
 --init is the hf/ folder of a train.py run, or any Hugging Face RoBERTa folder. --lr, --batch_size, --epochs
-and --seed take several values, which make a grid; --sweep fills in Table 5's grid and five seeds. For each
-seed the best run of the grid counts, by the task's score; then the median over the seeds is taken. Every
-finished run is a line of OUT/results.jsonl, and the same command resumes after the last one; results.json is
-made of these lines. The best model of each task is in OUT/TASK/hf, and with --predict the leaderboard's files
-are in OUT/predictions.
+and --seed take several values, which make a grid; --sweep is Table 5's grid with five seeds. For each seed
+the best run of the grid counts, by the task's score; then the median over the seeds is taken. Every finished
+run is a line of OUT/results.jsonl, so that the same command resumes after the last one. The best model of
+each task is in OUT/TASK/hf, and with --predict the leaderboard's files are in OUT/predictions.
 
-A task of your own is a folder with train.tsv, dev.tsv and, for --predict, test.tsv: tab-separated files whose
-first line names the columns sentence1, label and, for pairs, sentence2. This file does not download GLUE,
-shard a model, or use layer-wise learning rates or ensembles.
+A task of your own is a folder with train.tsv, dev.tsv and, for --predict, test.tsv: tab-separated, with the
+columns sentence1, label and, for pairs, sentence2 named in line 1. This file does not download GLUE or use
+layer-wise learning rates or ensembles.
 
-Shapes: B examples of a batch | T tokens of the longest, the others padded | C classes, 1 for regression
-"""
+Shapes: B examples of a batch | T tokens of the longest, the others padded | C classes, 1 for regression"""
 
 import itertools
 import json
@@ -169,9 +167,6 @@ def own_task(path, regression):
     return task
 
 
-# Texts -> batches
-
-
 def encode(texts, tokenizer, max_len):
     """Token ids of every example: <s> a </s>, or <s> a </s></s> b </s>, cut to max_len at the end of the
     longer text. Returns (list of lists, how many were cut)."""
@@ -206,9 +201,6 @@ def predict(model, examples, machine, batch_size=64):
         with machine.autocast():
             logits[batch] = model(tokens, mask).float().cpu().numpy()
     return logits
-
-
-# One run
 
 
 def fine_tune(model, examples, labels, point, machine, title=""):
@@ -324,12 +316,10 @@ def summarize(runs):
         mine = sorted((run for run in runs if run["task"] == name), key=lambda run: run["score"])
         best = list({run["seed"]: run for run in mine}.values())  # the last one of each seed
         scores = [run["score"] for run in best]
-        summary[name] = dict(
-            score=statistics.median(scores), range=[min(scores), max(scores)],
-            seeds=len(best), runs=len(mine),
-            metrics={m: statistics.median(run["metrics"][m] for run in best) for m in best[0]["metrics"]},
-            collapsed=sum(run["collapsed"] for run in mine),
-        )  # fmt: skip
+        metrics = {m: statistics.median(run["metrics"][m] for run in best) for m in best[0]["metrics"]}
+        counted = dict(seeds=len(best), runs=len(mine), collapsed=sum(run["collapsed"] for run in mine))
+        spread = dict(score=statistics.median(scores), range=[min(scores), max(scores)])
+        summary[name] = spread | counted | dict(metrics=metrics)
     return summary
 
 
@@ -370,8 +360,6 @@ def write_predictions(name, task, flags, tokenizer, machine):
 
 @dataclass
 class Flags:
-    """Every field is a flag."""
-
     task: str  # a folder in --glue: a GLUE task or one of your own; all: GLUE's whose files are there
     glue: str  # folder with GLUE's folders CoLA, SST-2, ..., or with your own
     init: str  # Hugging Face RoBERTa folder to start from

@@ -3,18 +3,13 @@
     python flops.py        Table 3's speed-ups beside the paper's, and the curve of Figure 5
 
 A multiply-add counts as two. Biases, activations, LayerNorm, softmax, dropout and the embedding look-up are
-left out (they are under 1%). The formulas take the masking rate r as a real number, as the paper does;
-`forward` takes the whole numbers of tokens that a real batch has, and torch's FlopCounterMode agrees with it
-to the last FLOP (test_3ml.py).
+left out (they are under 1%). Symbols (Table 6): b batch size, u updates, l layers, n sequence length, d
+width, r masking rate, V vocabulary; _en encoder, _de decoder. The formulas take r as a real number, as the
+paper does; `forward` takes a real batch's whole numbers of tokens, and is torch's FlopCounterMode exactly.
 
-Symbols (Table 6): b batch size, u updates, l layers, n sequence length, d width, r masking rate, V
-vocabulary; _en encoder, _de decoder.
-
-Where the paper's print and its own sums disagree, this file follows the sums:
-  * phi_out is printed 2n^2d; 8nd^2 + 4n^2d needs 2nd^2.
-  * Eq. 4's last term belongs inside the bracket of 2bu(...), as in Eq. 2 and 3.
-  * "n_de = 0.8nr and n_de = (1 - 0.8r)n": the second is n_en.
-"""
+Where the paper's print and its own sums disagree, this file follows the sums: phi_out is printed 2n^2d, but
+8nd^2 + 4n^2d needs 2nd^2; Eq. 4's last term belongs inside the bracket of 2bu(...), as in Eq. 2 and 3; and in
+"n_de = 0.8nr and n_de = (1 - 0.8r)n" the second is n_en."""
 
 import argparse
 

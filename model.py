@@ -1,21 +1,17 @@
 """The models of "Mask More and Mask Later" (3ML): one encoder, and three ways to predict masked tokens.
 
-    python -c "import model; print(model.MaskedLM(model.ModelConfig(n_layer=2, n_embd=128)))"
-
   * decoder="self"   3MLself (section 2.2, Figure 2 left): [MASK]s join the latents in a small decoder
   * decoder="cross"  3MLcross (Figure 2 right): [MASK]s attend to the latents in a small decoder
   * decoder="none"   vanilla MLM (BERT, RoBERTa, 24hBERT): [MASK]s go through the encoder; the baseline
 
-At the end of the file are the classifier for fine-tuning and Hugging Face folders, in and out. This file does
-not corrupt text (data.corrupt does) and does not deal with devices or optimizers (train.py does).
+    python -c "import model; print(model.MaskedLM(model.ModelConfig(n_layer=2, n_embd=128)))"
 
-Shapes:
-  B       rows of a batch                       n          tokens of a row
-  n_en    tokens that the encoder sees          n_m        [MASK]s; in 3ML n_en + n_m = n
-  k       tokens to predict: the [MASK]s, the replaced, and the unchanged ones
-  d_en, d_de  widths of encoder and decoder     l_en, l_de their numbers of layers
-  V       vocabulary      T, S  any number of tokens      h, hs  attention heads and their size
-"""
+The classifier for fine-tuning, and Hugging Face folders, in and out, are at the end. This file does not
+corrupt text (data.corrupt does), and does not deal with devices or optimizers (train.py does).
+
+Shapes: B rows of a batch | n tokens of a row | n_m [MASK]s | n_en tokens that 3ML's encoder sees, n - n_m
+        k tokens to predict | d_en, d_de widths of encoder and decoder | V vocabulary
+        T, S any number of tokens | h, hs attention heads and their size"""
 
 import json
 from dataclasses import dataclass
@@ -284,11 +280,10 @@ class Classifier(nn.Module):
 
 HF_TYPES = {"post": "roberta", "pre": "roberta_prelayernorm"}
 HF_NAMES = {  # parts of the names of our encoder's parameters, and what they are called in transformers
-    "transformer.blocks.": "encoder.layer.", "transformer.ln.": "LayerNorm.",
+    "transformer.blocks.": "encoder.layer.", "transformer.ln.": "LayerNorm.", "ln.": "embeddings.LayerNorm.",
     "tok.": "embeddings.word_embeddings.", "pos.": "embeddings.position_embeddings.",
-    "ln.": "embeddings.LayerNorm.", "attn.q.": "attention.self.query.", "attn.k.": "attention.self.key.",
-    "attn.v.": "attention.self.value.", "attn.out.": "attention.output.dense.",
-    "fc1.": "intermediate.dense.", "fc2.": "output.dense.",
+    "attn.q.": "attention.self.query.", "attn.k.": "attention.self.key.", "attn.v.": "attention.self.value.",
+    "attn.out.": "attention.output.dense.", "fc1.": "intermediate.dense.", "fc2.": "output.dense.",
 }  # fmt: skip
 HF_NORMS = {
     "post": {"ln1.": "attention.output.LayerNorm.", "ln2.": "output.LayerNorm."},
@@ -314,12 +309,11 @@ def hf_name(name, norm):
 def hf_config(config):
     """transformers' config.json of an encoder. Its positions start at 2, after the id of <pad>."""
     return dict(
-        model_type=HF_TYPES[config.norm].replace("_", "-"), vocab_size=config.vocab_size,
+        model_type=HF_TYPES[config.norm].replace("_", "-"), vocab_size=config.vocab_size, pad_token_id=1,
         hidden_size=config.n_embd, intermediate_size=4 * config.n_embd, num_hidden_layers=config.n_layer,
         num_attention_heads=config.n_embd // config.head_size, max_position_embeddings=config.n_positions + 2,
-        hidden_act="gelu", layer_norm_eps=1e-5, hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout, type_vocab_size=1, pad_token_id=1,
-    )  # fmt: skip
+        hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout, hidden_act="gelu",
+        layer_norm_eps=1e-5, type_vocab_size=1)  # fmt: skip
 
 
 def save_pretrained(model, directory, tokenizer_file=None):
@@ -343,10 +337,9 @@ def save_pretrained(model, directory, tokenizer_file=None):
     if tokenizer_file is not None:
         write(Path(directory) / "tokenizer.json", Path(tokenizer_file).read_text(encoding="utf-8"))
         files["tokenizer_config.json"] = dict(
-            tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.n_positions, bos_token="<s>",
-            eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>", unk_token="<unk>",
-            mask_token="<mask>",
-        )  # fmt: skip
+            tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.n_positions,
+            bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>",
+            unk_token="<unk>", mask_token="<mask>")  # fmt: skip
     for name, content in files.items():
         write(Path(directory) / name, json.dumps(content, indent=1))
 
@@ -361,8 +354,7 @@ def load_pretrained(directory, n_classes=None):
         config = ModelConfig(
             hf["vocab_size"], hf["max_position_embeddings"] - 2, hf["num_hidden_layers"], hf["hidden_size"],
             hf["hidden_size"] // hf["num_attention_heads"], "none", dropout=hf["hidden_dropout_prob"],
-            norm="pre" if "pre" in hf["model_type"] else "post",
-        )  # fmt: skip
+            norm="pre" if "pre" in hf["model_type"] else "post")  # fmt: skip
         expected = hf_config(config)
         for name in ("model_type", "intermediate_size", "hidden_act", "layer_norm_eps", "pad_token_id"):
             if hf[name] != expected[name]:

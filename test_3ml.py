@@ -423,7 +423,7 @@ def test_a_prepared_folder_is_verified_and_not_prepared_again(tmp_path, capsys):
 
 def documents(d, part):
     """The texts of a token file, by its separators."""
-    tokenizer, vocab = data.load_tokenizer(d.tokenizer)
+    tokenizer, vocab = data.load_tokenizer(d.directory / "tokenizer.json")
     ids = d.tokens[part].tolist()
     assert ids[-1] == vocab.eos
     ends = [i for i, t in enumerate(ids) if t == vocab.eos]

@@ -7,13 +7,10 @@
     python train.py --out out/tiny --fill "returns the <mask> of a list"      the likeliest words
 
 The same command resumes an interrupted run. A run writes to --out: ckpt.pt and ckpt.prev.pt (all that
-resuming needs), log.jsonl (a line per log_every steps and per evaluation), config.json, and hf/ (the encoder,
-for finetune.py and for transformers; of vanilla MLM with its head). This file does not shard a model over
-GPUs, search for hyperparameters, or use the network. Without torchrun, `python train.py` is the same program.
-
-Rows and masks are a function of (seed, step, row), dropout of (seed, step, first row of the micro-batch). So
-the number of processes and interruptions change nothing but the order of sums; another micro_batch_size
-changes dropout's noise."""
+resuming needs), log.jsonl, config.json, and hf/ (the encoder, for finetune.py and transformers; vanilla MLM's
+has its head). Rows and masks are a function of (seed, step, row), dropout of (seed, step, first row of the
+micro-batch), so the number of processes and interruptions change nothing but the order of sums. This file
+does not shard a model or search for hyperparameters. Without torchrun, `python train.py` does the same."""
 
 import atexit
 import ctypes
@@ -58,14 +55,10 @@ from model import MaskedLM, ModelConfig, load_pretrained, save_pretrained
 
 # Table 4, and one of ours for a first look. longer-base is the defaults below.
 RECIPES = {
-    "tiny": dict(
-        n_layer=3, n_embd=256, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=64, batch_size=32,
-        max_steps=2700, lr=4e-3, eval_every=400, save_every=400,
-    ),
-    "efficient-large": dict(
-        n_layer=24, n_embd=1024, norm="pre", mask_rate=0.5, seq_len=128, batch_size=4096,
-        micro_batch_size=256, max_steps=23_000, lr=2e-3,
-    ),
+    "tiny": dict(n_layer=3, n_embd=256, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=64, batch_size=32,
+                 max_steps=2700, lr=4e-3, eval_every=400, save_every=400),
+    "efficient-large": dict(n_layer=24, n_embd=1024, norm="pre", mask_rate=0.5, seq_len=128, batch_size=4096,
+                            micro_batch_size=256, max_steps=23_000, lr=2e-3),
     "longer-base": dict(),
 }  # fmt: skip
 COMMON_RATE = 0.15  # losses at different rates cannot be compared, so every run is evaluated here too
@@ -178,9 +171,6 @@ def update(optimizer, scaler, lr):
     optimizer.zero_grad()
 
 
-# The loop
-
-
 def train(parts, data, val, config, machine, first):
     """Steps from `first` to max_steps, or until a signal asks to stop. parts: model, optimizer and scaler;
     val: see validation_batches. Returns the last evaluation."""
@@ -230,7 +220,7 @@ def stop_if_diverged(loss, norm, scaler, step, lr):
 
 
 def catch_signals():
-    """A list to which Ctrl-C and SIGTERM are added; the loop finishes its step, saves, and stops."""
+    """A list that Ctrl-C and SIGTERM are added to, so that the loop can finish its step and save."""
     caught = []
 
     def handler(number, frame):
@@ -257,15 +247,12 @@ def shown(entry):
     return "  ".join(f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}" for name, x in values)
 
 
-# Evaluation
-
-
 def validation_batches(data, config):
     """{suffix of the names in the log: Corrupted}: the same rows at the run's own masking rate and at 15%,
     with masks that are always the same, on every device."""
     n, batches = config.seq_len, {}
     indices = np.arange(min(config.eval_rows, data.n_rows("val", n)))
-    for rate, suffix in ({COMMON_RATE: "_15"} | {config.mask_rate: ""}).items():
+    for suffix, rate in {"": config.mask_rate, "_15": COMMON_RATE}.items():
         rows = torch.from_numpy(data.rows("val", indices, n, counts(n, rate, config.strategy)[0]))
         masks = torch.Generator().manual_seed(0)
         batches[suffix] = corrupt(rows, rate, config.strategy, vocab=data.vocab, generator=masks)
@@ -277,7 +264,7 @@ def evaluate(model, batches, config, machine):
     """Validation losses in nats and perplexities, as an entry of the log. All processes share the work."""
     model.eval()
     entry, size = {}, config.micro_batch_size
-    for suffix, batch in sorted(batches.items()):
+    for suffix, batch in batches.items():
         total = torch.zeros(batch.predict.size(1), dtype=torch.float64)  # (k,)
         for at in range(machine.rank * size, len(batch.inputs), machine.world * size):
             with machine.autocast():
@@ -373,9 +360,8 @@ def resume(parts, data, config, machine):
 # The machine
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
-PEAKS = {  # FLOP/s of dense bf16 or fp16 products, by what a GPU's name contains
-    "H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
+# FLOP/s of dense bf16 or fp16 products, by what a GPU's name contains
+PEAKS = {"H100 80GB": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12, "T4": 65e12}
 
 
 @dataclass
@@ -490,7 +476,7 @@ def main(argv):
                 write(out / "config.json", json.dumps(asdict(config), indent=1))
             entry = train(parts, data, val, config, machine, first)
         if machine.rank == 0:
-            save_pretrained(model, out / "hf", data.tokenizer)
+            save_pretrained(model, out / "hf", Path(config.data) / "tokenizer.json")
             print(f"\nevaluation:          {shown(entry)}")
             print(f"word frequency only: {shown(unigram(data, val['']))}")
             print(f"{out}/hf is the encoder, for finetune.py and transformers; {out}/ckpt.pt has everything")

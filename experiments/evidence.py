@@ -1,12 +1,12 @@
 """Runs the study behind experiments/README.md: does 3ML keep its promise?
 
     python experiments/evidence.py --setting cpu --jobs 2       two cores, some hours
-    python experiments/evidence.py --setting gpu                one GPU, some twenty minutes for the first claim
+    python experiments/evidence.py --setting gpu                one GPU, some twenty minutes for claim 1
     python experiments/evidence.py --setting cpu --only vanilla-15.0 self-50.0
-    python experiments/evidence.py --setting cpu --speed        tokens/s of the contenders, in turns (quiet machine)
+    python experiments/evidence.py --setting cpu --speed        tokens/s of the contenders, in turns
 
-Every run of the table RUNS is a `train.py` command in a process of its own, then, in a setting that has them,
-`finetune.py` commands. What is finished is not run again, and an interrupted run resumes. Kept under
+Every run of the table RUNS is a `train.py` command in a process of its own, then, in the GPU's setting, a
+`finetune.py` command. What is finished is not run again, and an interrupted run resumes. Kept under
 experiments/evidence/SETTING/ are NAME.jsonl (the run's log: every evaluation, and its training loss each 100
 steps), NAME.glue.jsonl (the lines of finetune.py's results) and speed.json. figures.py turns these files, and
 nothing else, into the tables and figures of the study.
@@ -40,7 +40,11 @@ SETTINGS = {
 }  # fmt: skip
 EVERY = "--eval_every 500 --save_every 500 --log_every 10"
 
-VANILLA, SELF, CROSS = "--decoder none --mask_rate", "--decoder self --mask_rate", "--decoder cross --mask_rate"
+VANILLA, SELF, CROSS = (
+    "--decoder none --mask_rate",
+    "--decoder self --mask_rate",
+    "--decoder cross --mask_rate",
+)
 RUNS = {  # name: flags besides the setting's. The number after the dot is the seed.
     "lr-0.0005": f"{VANILLA} 0.15 --lr 0.0005",
     "lr-0.001": f"{VANILLA} 0.15 --lr 0.001",

@@ -76,7 +76,9 @@ def figure(runs, setting):
         style = dict(color=COLOURS[kind], linestyle=":" if "longer" in name else "-")
         for panel, scale in zip(panels, scales):
             x, y = [s * scale for s in steps], [at_15(e, "ppl_masked") for e in log]
-            panel.plot(x, y, marker="o", markersize=2.5, label=kind if name.endswith(f"{kind}.0") else None, **style)
+            panel.plot(
+                x, y, marker="o", markersize=2.5, label=kind if name.endswith(f"{kind}.0") else None, **style
+            )
     for panel, title in zip(panels, titles):
         panel.set(xlabel=title, yscale="log")
         panel.grid(alpha=0.3, which="both")
@@ -112,11 +114,15 @@ def glue_table(setting):
     for path in sorted((HERE / f"evidence/{setting}").glob("*.glue.jsonl")):
         for line in path.read_text().splitlines():
             run = json.loads(line)
-            runs.setdefault(path.name.removesuffix(".glue.jsonl"), {}).setdefault(run["task"], []).append(run["score"])
+            runs.setdefault(path.name.removesuffix(".glue.jsonl"), {}).setdefault(run["task"], []).append(
+                run["score"]
+            )
     tasks = sorted({task for scores in runs.values() for task in scores})
     rows = [f"| run | {' | '.join(tasks)} | mean |", "|" + "---|" * (len(tasks) + 2)]
     for name, scores in runs.items():
-        cells = [f"{100 * median(x):.1f} ({100 * min(x):.1f}-{100 * max(x):.1f})" for x in map(scores.get, tasks)]
+        cells = [
+            f"{100 * median(x):.1f} ({100 * min(x):.1f}-{100 * max(x):.1f})" for x in map(scores.get, tasks)
+        ]
         average = mean(median(scores[task]) for task in tasks)
         rows.append(f"| {name} | {' | '.join(cells)} | {100 * average:.1f} |")
     return "\n".join(rows) if runs else "Not run."

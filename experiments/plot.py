@@ -1,10 +1,9 @@
 """Draws runs of train.py side by side: loss and masked perplexity against steps, tokens, FLOPs and seconds.
 
-    python experiments/plot.py out/a out/b                         writes plot.svg
-    python experiments/plot.py out/tiny --file tiny.png --against steps --unigram 626
+    python experiments/plot.py out/a out/b                              writes plot.svg
+    python experiments/plot.py out/tiny --file tiny.png --show loss ppl_masked --against steps --unigram 626
 
-A run is a folder with log.jsonl and config.json. FLOPs are those of forward and backward (3 x flops.forward).
-Seconds are those of training, from the log's tokens per second, without evaluations and checkpoints.
+A run is a folder with log.jsonl and config.json. FLOPs are 3 x flops.forward; seconds are those of training.
 """
 
 import argparse
@@ -12,29 +11,26 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import flops  # noqa: E402
-from data import counts  # noqa: E402
-from train import Config  # noqa: E402
+from train import Config, counts, flops  # noqa: E402
 
-LINES = {"loss": "training loss (nats)", "ppl_masked": "masked perplexity", "ppl_masked_15": "... at 15%"}
-AXES = ("steps", "tokens", "FLOPs", "seconds")
+SHOW = dict(
+    loss="training loss (nats)", ppl_masked="masked perplexity", ppl_masked_15="masked perplexity at 15%"
+)
+AGAINST = ("steps", "tokens", "FLOPs", "seconds")
 
 
 def read_run(folder):
-    """[log entry with "steps", "tokens", "FLOPs" and "seconds"] of a run."""
+    """The lines of a run's log, with "steps", "tokens", "FLOPs" and "seconds" in each."""
     config = Config(**json.loads((Path(folder) / "config.json").read_text()))
     k, n_m, _ = counts(config.seq_len, config.mask_rate, config.strategy)
     work = 3 * config.batch_size * flops.forward(config, config.seq_len, n_m, k)
-    entries, step, seconds = [], 0, 0.0
+    entries, step, seconds, tokens = [], 0, 0.0, config.batch_size * config.seq_len
     for line in (Path(folder) / "log.jsonl").read_text().splitlines():
         entry = json.loads(line)
-        tokens = config.batch_size * config.seq_len
         if "tokens_per_s" in entry:
             seconds += (entry["step"] - step) * tokens / entry["tokens_per_s"]
             step = entry["step"]
@@ -43,43 +39,40 @@ def read_run(folder):
     return entries
 
 
-def smooth(y):
-    """Means of nine neighbouring lines of the log, each of which is the loss of one step."""
-    windows = [y[max(0, i - 4) : i + 5] for i in range(len(y))]
-    return [sum(w) / len(w) for w in windows]
-
-
-def draw(runs, axes, unigram=None):
-    """A figure with a row for each of LINES and a column for each axis. runs: {name: entries}."""
-    shape = (len(LINES), len(axes))
-    size = (3.6 * len(axes) + 1, 2.6 * len(LINES))
-    figure, panels = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
-    for row, (key, label) in zip(panels, LINES.items()):
-        for panel, x in zip(row, axes):
-            for name, entries in runs.items():
-                points = [(e[x], e[key]) for e in entries if e.get(key) is not None]
-                if points:
-                    xs, ys = zip(*points)
-                    marker = dict(marker="o", markersize=3) if "ppl" in key else {}
-                    panel.plot(xs, ys if "ppl" in key else smooth(ys), label=name, **marker)
-            if unigram and "ppl" in key:
-                panel.axhline(unigram, color="grey", linestyle="--", label="word frequency only")
-            panel.set(xlabel=x, ylabel=label, yscale="log" if "ppl" in key else "linear")
-            panel.grid(alpha=0.3, which="both")
-    panels[1][0].legend(fontsize=8)
-    return figure
+def draw(panel, runs, key, x, unigram):
+    """One panel: a value of the log against x. The loss, which is one step's, as a mean of nine lines."""
+    for name, entries in runs.items():
+        points = [(e[x], e[key]) for e in entries if e.get(key) is not None]
+        xs, ys = zip(*points) if points else ((), ())
+        means = [np.mean(ys[max(0, i - 4) : i + 5]) for i in range(len(ys))]
+        panel.plot(xs, means if key == "loss" else ys, "-" if key == "loss" else ".-", label=name)
+    if key != "loss":
+        panel.set_yscale("log", subs=range(1, 10))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+    if unigram and key != "loss":
+        panel.axhline(unigram, color="grey", linestyle="--", label="word frequency only")
+    panel.set(xlabel=x, ylabel=SHOW[key])
+    panel.grid(alpha=0.3, which="both")
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--file", default="plot.svg", help="picture to write (default: plot.svg)")
-    parser.add_argument("--against", nargs="+", choices=AXES, default=AXES, help="default: all four")
-    parser.add_argument("--unigram", type=float, help="perplexity of word frequencies alone, a dashed line")
+    parser.add_argument("--show", nargs="+", choices=SHOW, default=list(SHOW), help="default: all three")
+    parser.add_argument("--against", nargs="+", choices=AGAINST, default=AGAINST, help="default: all four")
+    parser.add_argument("--unigram", type=float, help="perplexity of word frequencies alone: a dashed line")
     args = parser.parse_args()
     runs = {Path(folder).name: read_run(folder) for folder in args.runs}
-    draw(runs, args.against, args.unigram).savefig(args.file, dpi=120)
+    figure = plt.figure(figsize=(3.6 * len(args.against) + 1, 2.8 * len(args.show)), layout="constrained")
+    panels = figure.subplots(len(args.show), len(args.against), squeeze=False)
+    for (i, j), panel in np.ndenumerate(panels):
+        draw(panel, runs, args.show[i], args.against[j], args.unigram)
+    panels[-1, 0].legend(fontsize=8)
+    figure.savefig(args.file, dpi=120)
 
 
 if __name__ == "__main__":
