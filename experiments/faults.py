@@ -77,6 +77,9 @@ def undisturbed(workers=1):
 
 def resumes(out, workers=1):
     """Whether the same command ends a run, or did so before, with the results of an undisturbed one."""
+    patience = time.monotonic() + 30  # on a busy machine, a killed process takes a moment to disappear
+    while processes(out) and time.monotonic() < patience:
+        time.sleep(0.1)
     if processes(out) or run(train(out, workers=workers)).returncode != 0:
         return False
     results = []
