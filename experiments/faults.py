@@ -4,11 +4,9 @@
     python experiments/faults.py kill --kills 4        one section; the others: world signal rank disk
                                                        damage resume diverge haul
 
-Prints a line for each kind of fault: how often it was tried, how often it was survived, and what was seen.
-`disk` mounts a small tmpfs, which needs root. A run has survived if its parameters, its optimizer state and
-its exported encoder are bit-identical to those of an undisturbed run, and its log.jsonl is equal but for
-tokens_per_s and mfu. The exit status is 1 if anything was not survived.
-"""
+Prints how often each kind of fault was tried and survived. `disk` mounts a small tmpfs, which needs root. To
+survive is to end with parameters, optimizer state and exported encoder bit-identical to those of an
+undisturbed run, and the same log.jsonl but for timings. The exit status is 1 if anything was not survived."""
 
 import argparse
 import json
@@ -77,8 +75,8 @@ def undisturbed(workers=1):
 
 def resumes(out, workers=1):
     """Whether the same command ends a run, or did so before, with the results of an undisturbed one."""
-    patience = time.monotonic() + 30  # on a busy machine, a killed process takes a moment to disappear
-    while processes(out) and time.monotonic() < patience:
+    start = time.monotonic()
+    while processes(out) and time.monotonic() < start + 30:  # a killed process takes a moment to disappear
         time.sleep(0.1)
     if processes(out) or run(train(out, workers=workers)).returncode != 0:
         return False
