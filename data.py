@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 DEFAULT_DATA = "data/python-docs"
 PIECE = 1 << 16  # characters of a document that are tokenized at once
-BPE_SAMPLE = 200 << 20  # bytes of text that a new BPE is trained on
 
 
 # Corruption: a row -> a corrupted row
@@ -95,6 +94,18 @@ def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab, generator=None):
     return Corrupted(inputs, kept, masked, predict, tokens.gather(1, predict), n_replaced)
 
 
+def masked_text(text, tokenizer, n_positions):
+    """(Corrupted with one row, Tokenizer) of a text with <mask>s, which are to be predicted; tokenizer: the
+    path of a tokenizer.json."""
+    tokenizer, vocab = load_tokenizer(tokenizer)
+    tokenizer.encode_special_tokens = False  # "<mask>" is a token here
+    tokens = torch.tensor([tokenizer.encode(text).ids])  # (1, n)
+    kept, masked = (tokens != vocab.mask)[0].nonzero().T, (tokens == vocab.mask)[0].nonzero().T
+    if not masked.numel() or tokens.numel() > n_positions:
+        fail(f"--fill: give one <mask> or more in at most {n_positions} tokens; here are {tokens.numel()}")
+    return Corrupted(tokens, kept, masked, predict=masked, labels=masked, n_replaced=0), tokenizer
+
+
 @dataclass
 class Vocab:
     """Size of the vocabulary and ids of its special tokens; the first four are RoBERTa's."""
@@ -131,7 +142,7 @@ class Data:
         for part, count in self.meta["tokens"].items():
             path = self.directory / f"{part}.bin"
             if path.stat().st_size != count * dtype.itemsize:
-                fail(f"{path}: has not the {count:,} tokens that meta.json names; prepare it again")
+                fail(f"{path}: does not have the {count:,} tokens that meta.json states; prepare it again")
             self.tokens[part] = np.memmap(path, dtype, "r")
 
     def n_rows(self, part, n):
@@ -237,8 +248,7 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val_every
         if (out / "meta.json").exists():
             fail(f"{out}: already prepared; use it, choose another --out, or delete it to start again")
         if tokenizer is None:
-            print(f"training a byte-level BPE with {vocab_size:,} tokens", flush=True)
-            step = 1 + sum(map(os.path.getsize, files)) // BPE_SAMPLE
+            step = 1 + sum(map(os.path.getsize, files)) // (200 << 20)  # train on 200 MB of it
             pieces = islice(read_documents(files, doc, "reading"), 0, None, step)
             tokenizer = train_bpe((text for text, _ in pieces), vocab_size, out / "tokenizer.json")
         tokenizer, vocab = load_tokenizer(tokenizer)
@@ -303,7 +313,7 @@ def train_bpe(texts, vocab_size, path):
 
     tokenizer = ByteLevelBPETokenizer()
     first = ["<s>", "<pad>", "</s>", "<unk>"]
-    tokenizer.train_from_iterator(texts, vocab_size - 1, special_tokens=first, show_progress=False)
+    tokenizer.train_from_iterator(texts, vocab_size - 1, special_tokens=first)
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
     write(path, tokenizer.to_str())
     return path

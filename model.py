@@ -43,6 +43,8 @@ class ModelConfig:
     def __post_init__(self):
         self.n_embd_dec = self.n_embd_dec or self.n_embd // 2
         self.norm = self.norm or ("pre" if self.decoder == "cross" else "post")  # section 3.3
+        if self.dropout >= 1:
+            raise UserError(f"dropout is {self.dropout}, must be below 1")
         for name in ["n_embd"] if self.decoder == "none" else ["n_embd", "n_embd_dec"]:
             if getattr(self, name) % self.head_size:
                 raise UserError(f"{name}: {getattr(self, name)} is no multiple of head_size {self.head_size}")

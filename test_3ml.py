@@ -471,6 +471,15 @@ def test_roberta_layout_and_wide_ids(size, dtype, tmp_path):
     assert sorted(documents(d, "train") + documents(d, "val")) == sorted(TEXTS * 3)
 
 
+def test_frequencies_are_counts_of_ordinary_words(tmp_path):
+    d = prepared(tmp_path)
+    words = [token for token in d.tokens["train"].tolist() if token > 3]
+    f = d.frequencies()
+    assert math.isclose(f.sum(), 1) and (f[[0, 1, 2, 3, d.vocab.mask]] == 0).all()
+    for word in set(words):
+        assert math.isclose(f[word], (words.count(word) + 1) / (len(words) + d.vocab.size - 5))
+
+
 def test_rows_of_an_epoch_come_once_each_in_an_order_of_its_own(tmp_path):
     d, n, B = prepared(tmp_path, TEXTS * 9), 10, 4
     N = d.n_rows("train", n)
@@ -663,6 +672,9 @@ def test_a_finished_run_is_evaluated_and_not_changed(corpus, tmp_path, capsys):
     train.main(argv)
     before = (tmp_path / "ckpt.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes()
     last = capsys.readouterr().out.splitlines()[-3:]
+    config = train.Config(lr=4e-3, max_steps=4)  # tiny's learning rate
+    steps = [entry for entry in log_of(tmp_path) if "loss" in entry]
+    assert [entry["lr"] for entry in steps] == [train.lr_at(step, config) for step in range(4)]
     for again in (argv, [*argv, "--eval_only"], [*argv, "--max_steps", "3"]):
         train.main(again)
         assert capsys.readouterr().out.splitlines()[-3:] == last
@@ -739,7 +751,7 @@ def test_init_starts_from_a_published_encoder(corpus, tmp_path, capsys):
 def test_fill_is_the_pipeline_of_transformers(decoder, corpus, tmp_path, capsys):
     """transformers has no 3ML decoder: there, the order of the [MASK]s in memory must not matter."""
     transformers = pytest.importorskip("transformers")
-    train.main(arguments(corpus, tmp_path, decoder=decoder, lr=0.01))
+    train.main(arguments(corpus, tmp_path, decoder=decoder, lr=0.01, dropout=0.5))
     text = "the cat <mask> on a <mask> and"
     words = train.fill(tmp_path, text)
     if decoder == "none":
@@ -759,7 +771,7 @@ def test_fill_is_the_pipeline_of_transformers(decoder, corpus, tmp_path, capsys)
         assert [word for word, _ in ours] == [decode([i]) for i, _ in theirs]
         close(torch.tensor([p for _, p in ours]), torch.tensor([p for _, p in theirs]))
     for text in ("no mask here", "the <mask>" * 30):
-        with refused(capsys, "--fill: needs a <mask>, and at most 16 tokens"):
+        with refused(capsys, "--fill: give one <mask> or more in at most 16 tokens"):
             train.main([f"--out={tmp_path}", f"--fill={text}"])
     train.main([f"--out={tmp_path}", "--fill=the <mask>"])
     assert capsys.readouterr().out.count("%") == 5
@@ -781,6 +793,9 @@ def test_dropout_is_on_in_training_off_in_evaluation_and_fresh(corpus, tmp_path)
     config = replace(data.parse_flags(train.Config, argv, "", train.presets), vocab_size=300)
     net, scaler = m.MaskedLM(config), torch.amp.GradScaler("cpu", enabled=False)
     batch = train.step_batch(Data(corpus), config, 0, torch.device("cpu"))
+    for other in (train.step_batch(Data(corpus), config, 1, ONE.device),
+                  train.step_batch(Data(corpus), replace(config, seed=1), 0, ONE.device)):  # fmt: skip
+        assert not torch.equal(batch.labels, other.labels) and not torch.equal(batch.masked, other.masked)
     same = Corrupted(*(torch.cat([x[:4], x[:4]]) for x in batch[:-1]), batch.n_replaced)
     seen = []
     net.register_forward_hook(lambda _, args, out: seen.append(out.detach()))
@@ -790,12 +805,15 @@ def test_dropout_is_on_in_training_off_in_evaluation_and_fresh(corpus, tmp_path)
     assert not torch.equal(seen[0], seen[1])  # two micro-batches of the same rows
     assert not torch.equal(seen[0], seen[4])  # another step
     assert torch.equal(net.eval()(batch), net(batch))
-    for rate in (0.0, 0.3):  # the classifier, and each attention
-        x, memory = torch.randn(2, 2, 5, 32)
-        block = m.Block(32, config_of(dropout=rate), cross=True).train()
-        calls = [(m.Classifier(config_of(dropout=rate), 2).train(), random_rows())]
-        for part, *inputs in (*calls, (block.attn, x), (block.cross, x, memory)):
-            assert torch.equal(part(*inputs), part(*inputs)) == (rate == 0)
+    models = [(model_of(decoder=d), random_batch(), n) for d, n in (("none", 7), ("self", 14), ("cross", 18))]
+    for model, inputs, places in (*models, (m.Classifier(config_of(), 2), random_rows(), 9)):
+        used = []  # embeddings; in each block attention's weights, its output, the MLP's; the head's two
+        for module in model.train().modules():
+            if isinstance(module, m.Dropout):
+                module.p = 0.1
+                module.register_forward_hook(lambda *_, used=used: used.append(1))
+        model(inputs)
+        assert len(used) == places
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(corpus, tmp_path, capsys):
@@ -810,6 +828,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(corpus, tmp_path, caps
         path.with_name(name).write_bytes(content[:-1000])
     with refused(capsys, "ckpt.prev.pt"):
         train.main(arguments(corpus, tmp_path / "cut"))
+
+
+def test_fp16_may_skip_a_step_but_not_for_ever(capsys):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    train.stop_if_diverged(1.0, math.inf, scaler, 0, 0.1)
+    for loss, norm, scale in ((math.nan, 1.0, 2.0), (1.0, math.inf, 1e-5)):
+        with refused(capsys, "diverged"):
+            train.stop_if_diverged(loss, norm, torch.amp.GradScaler("cpu", init_scale=scale), 0, 0.1)
 
 
 def test_divergence_stops_before_the_optimizer_moves(corpus, tmp_path, monkeypatch, capsys):
@@ -903,6 +929,21 @@ def write_task(folder, name, rows):
     for file in ("train.tsv", *ft.TASKS[name].dev):
         lines = [head] * bool(head) + [row.format(a=a, b=b, y=y) for a, b, y in rows]
         (folder / name / file).write_bytes("".join(x + "\n" for x in lines).encode())
+
+
+def test_tasks_are_glues():
+    """Metrics, classes in the order of their numbers, and the leaderboard's files, from GLUE's pages."""
+    binary, pair = ("0", "1"), ("entailment", "not_entailment")
+    assert {name: (task.metrics, task.labels) for name, task in ft.TASKS.items()} == {
+        "CoLA": (("mcc",), binary), "SST-2": (("acc",), binary), "MRPC": (("f1", "acc"), binary),
+        "STS-B": (("pearson", "spearman"), None), "QQP": (("f1", "acc"), binary), "QNLI": (("acc",), pair),
+        "RTE": (("acc",), pair), "MNLI": (("acc",), ("entailment", "neutral", "contradiction")),
+    }  # fmt: skip
+    mnli = ft.TASKS["MNLI"]
+    assert mnli.dev == ("dev_matched.tsv", "dev_mismatched.tsv")
+    files = [Path(test).name for test in mnli.tests]
+    assert files == ["test_matched.tsv", "test_mismatched.tsv", "diagnostic.tsv"]
+    assert mnli.answers == ("MNLI-m", "MNLI-mm", "AX")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -1084,7 +1125,6 @@ def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
     Path("short/train.bin").write_bytes(Path("short/train.bin").read_bytes()[:-5])
     Path("ids/train.bin").write_bytes(b"\xff" * Path("ids/train.bin").stat().st_size)
     Path("bert/config.json").write_text(Path("hf/config.json").read_text().replace("roberta", "bert"))
-    tokenizer_file("big", 900, text=data.__doc__)
     for path in ("evil/pytorch_model.bin", "run/ckpt.pt"):
         torch.save({"x": Malice()}, path)
     return tmp_path
@@ -1100,7 +1140,8 @@ BAD = {
     ]),
     train: ("--data=data --out=o --seq_len=16 --max_steps=1 --device=cpu --n_layer=1 --n_embd=128", [
         ("--data no", "no/meta.json"), ("--data short", "short/train.bin"), ("--data ids", "ids/train.bin"),
-        ("--seq_len 5000", ".bin"), ("--n_positions 8", "seq_len is 16"), ("--mask_rate 2", "mask_rate is 2"),
+        ("--seq_len 5000", ".bin"), ("--n_positions 8", "--seq_len 16"),
+        ("--dropout 1", "dropout is 1"), ("--mask_rate 2", "mask_rate is 2"),
         ("--mask_rate nan", "--mask_rate: nan"), ("--strategy 0.8 0.1 0.2", "strategy"), ("--lr -1", "--lr"),
         ("--max_steps 0", "--max_steps: 0"), ("--n_embd 30", "n_embd: 30"), ("--decoder both", "--decoder"),
         ("--device abacus", "--device"), ("--eval_only", "--eval_only"), ("--out run", "run/ckpt.pt"),
@@ -1108,7 +1149,7 @@ BAD = {
     ]),
     ft: ("--init=hf --out=o --glue=glue --task=RTE", [
         ("--glue nothing", "nothing"), ("--task XYZ", "XYZ/train.tsv"), ("--init evil", "evil/pytorch"),
-        ("--task RTE", "RTE/train.tsv: line 2"), ("--max_len 500", "--max_len 500"), ("--init big", "big"),
+        ("--task RTE", "RTE/train.tsv: line 2"), ("--max_len 500", "--max_len 500"),
         ("--task label", "label/train.tsv"), ("--task head", "head/train.tsv: line 1"), ("--lr x", "--lr"),
         ("--task dev", "dev/dev.tsv: line 2"), ("--task nan --regression", "nan/train.tsv: line 3"),
     ]),

@@ -35,21 +35,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import flops
-from data import (
-    DEFAULT_DATA,
-    Corrupted,
-    Data,
-    atomic,
-    command,
-    corrupt,
-    counts,
-    fail,
-    load_tokenizer,
-    lock,
-    parse_flags,
-    seed_of,
-    write,
-)
+from data import Data, atomic, command, corrupt, counts, fail, lock, masked_text, parse_flags, seed_of, write
 from data import main as prepare_default_data
 from model import MaskedLM, ModelConfig, load_pretrained, save_pretrained
 
@@ -66,7 +52,7 @@ COMMON_RATE = 0.15  # losses at different rates cannot be compared, so every run
 
 @dataclass
 class Run(ModelConfig):
-    """What makes a run the run it is, with ModelConfig's fields. Resuming with other values is refused."""
+    """With ModelConfig's, the fields that identify a run. Resuming with other values is refused."""
 
     n_positions: int = None  # longest row that the model can take (default: seq_len)
     init: str = ""  # Hugging Face folder of a RoBERTa whose encoder to start from
@@ -83,8 +69,6 @@ class Run(ModelConfig):
     def __post_init__(self):
         self.n_positions, self.strategy = self.n_positions or self.seq_len, tuple(self.strategy)
         super().__post_init__()
-        if self.seq_len > self.n_positions:
-            fail(f"seq_len is {self.seq_len}, must be at most n_positions, {self.n_positions}")
 
 
 @dataclass
@@ -92,7 +76,7 @@ class Config(Run):
     """Every field is a flag. These may change when a run is resumed."""
 
     recipe: Literal[tuple(RECIPES)] = "tiny"  # which defaults to use: ours, or one of Table 4's
-    data: str = DEFAULT_DATA  # folder that data.py has prepared
+    data: str = "data/python-docs"  # folder that data.py has prepared
     out: str = ""  # folder of this run (default: out/RECIPE)
     max_steps: int = 125_000  # steps of the run; the learning-rate schedule depends on it
     grad_clip: float = 0.0  # gradient clipping: the largest norm; 0.0 is off
@@ -284,25 +268,13 @@ def perplexities(nats, batch, suffix=""):
     return entry
 
 
-def unigram(data, batch):
-    """Perplexities of a model that only knows how frequent each word is: every run must beat them."""
-    nats = -torch.from_numpy(data.frequencies())[batch.labels].log()  # (B, k)
-    return perplexities(nats.mean(0), batch)
-
-
 @torch.no_grad()
 def fill(out, text):
     """For each <mask> of a text, the five likeliest words by the run in `out`, as (word, probability)."""
     config = Config(**json.loads((Path(out) / "config.json").read_text()))
     model, state = MaskedLM(config).eval(), load_checkpoint(out)
     model.load_state_dict((state or fail(f"{out}: there is no checkpoint"))["model"])
-    tokenizer, vocab = load_tokenizer(Path(config.data) / "tokenizer.json")
-    tokenizer.encode_special_tokens = False  # "<mask>" is a token here
-    tokens = torch.tensor([tokenizer.encode(text).ids])  # (1, n)
-    kept, masked = (tokens != vocab.mask)[0].nonzero().T, (tokens == vocab.mask)[0].nonzero().T  # (1, n_m)
-    if not masked.numel() or tokens.numel() > config.n_positions:
-        fail(f"--fill: needs a <mask>, and at most {config.n_positions} tokens; has {tokens.numel()}")
-    batch = Corrupted(tokens, kept, masked, predict=masked, labels=masked, n_replaced=0)
+    batch, tokenizer = masked_text(text, Path(config.data) / "tokenizer.json", config.n_positions)
     best = model.logits(batch)[0].softmax(-1).topk(5)  # (n_m, 5)
     words = [[tokenizer.decode([i]) for i in ids] for ids in best.indices.tolist()]
     return [list(zip(*x)) for x in zip(words, best.values.tolist())]
@@ -353,7 +325,8 @@ def resume(parts, data, config, machine):
     if state is None:
         return 0
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        if state[name]:  # the scaler's is empty without fp16
+            part.load_state_dict(state[name])
     return state["step"]
 
 
@@ -361,7 +334,7 @@ def resume(parts, data, config, machine):
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 # FLOP/s of dense bf16 or fp16 products, by what a GPU's name contains
-PEAKS = {"H100 80GB": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12, "T4": 65e12}
+PEAKS = {"H100 80GB": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12}
 
 
 @dataclass
@@ -417,7 +390,7 @@ def speed(seconds, config, machine):
     work = 3 * config.batch_size * flops.forward(config, config.seq_len, n_m, k)
     gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else ""
     peak = next((peak for name, peak in PEAKS.items() if name in gpu), None)
-    mfu = work / seconds / (peak * machine.world) if peak and machine.dtype is not torch.float32 else None
+    mfu = work / seconds / (peak * machine.world) if peak else None
     return dict(tokens_per_s=round(config.batch_size * config.seq_len / seconds), mfu=mfu)
 
 
@@ -426,9 +399,11 @@ def speed(seconds, config, machine):
 
 def prepare_run(config, machine):
     """Data and model of a run. Makes the default corpus where there is none yet."""
+    if config.seq_len > config.n_positions:
+        fail(f"--seq_len {config.seq_len}: must be at most n_positions, {config.n_positions}")
     if config.batch_size % machine.world:
         fail(f"--batch_size {config.batch_size}: must be a multiple of {machine.world}, the processes")
-    if config.data == DEFAULT_DATA and not (Path(config.data) / "meta.json").exists():
+    if config.data == Config.data and not (Path(config.data) / "meta.json").exists():
         if machine.rank == 0:
             machine.say(f"no data yet: preparing {config.data} from the docstrings of the installed Python")
             prepare_default_data([])
@@ -478,7 +453,8 @@ def main(argv):
         if machine.rank == 0:
             save_pretrained(model, out / "hf", Path(config.data) / "tokenizer.json")
             print(f"\nevaluation:          {shown(entry)}")
-            print(f"word frequency only: {shown(unigram(data, val['']))}")
+            nats = -torch.from_numpy(data.frequencies())[val[""].labels].log()  # (B, k)
+            print(f"word frequency only: {shown(perplexities(nats.mean(0), val['']))}")
             print(f"{out}/hf is the encoder, for finetune.py and transformers; {out}/ckpt.pt has everything")
 
 

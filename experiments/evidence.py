@@ -104,21 +104,23 @@ def pretrain(name, setting, kept):
 
 
 def fine_tune(name, setting, kept):
-    """Three seeds of each task, from the encoder of a run. SST-2 has its first 10,000 rows here."""
+    """Three seeds of each task, from the encoder of a run."""
     if kept.exists() or not SETTINGS[setting]["fine_tune"] or name.startswith("lr"):
         return
-    glue = ROOT / "data/evidence-glue"
-    if not glue.exists():
-        for task in TASKS:
-            (glue / task).mkdir(parents=True)
-            for file in (GLUE / task).glob("*.tsv"):
-                lines = file.read_text().split("\n")
-                some = lines[:10_001] if (task, file.name) == ("SST-2", "train.tsv") else lines
-                (glue / task / file.name).write_text("\n".join(some))
     out = f"out/evidence-{setting}/{name}"
-    flags = f"--task all --glue {glue} --init {out}/hf --out {out}/glue --lr 1e-4 --seed 0 1 2"
+    flags = f"--task all --glue data/evidence-glue --init {out}/hf --out {out}/glue --lr 1e-4 --seed 0 1 2"
     command("finetune.py", flags, SETTINGS[setting]["threads"])
     kept.write_text((ROOT / out / "glue/results.jsonl").read_text())
+
+
+def copy_glue():
+    """GLUE's files as they are here, SST-2 with its first 10,000 rows."""
+    for task in TASKS:
+        (ROOT / "data/evidence-glue" / task).mkdir(parents=True, exist_ok=True)
+        for file in (GLUE / task).glob("*.tsv"):
+            lines = file.read_text().split("\n")
+            some = lines[:10_001] if (task, file.name) == ("SST-2", "train.tsv") else lines
+            (ROOT / "data/evidence-glue" / task / file.name).write_text("\n".join(some))
 
 
 def one_run(name, setting, folder):
@@ -158,6 +160,8 @@ def main():
     if args.speed:
         measure_speed(args.setting, folder)
         return
+    if SETTINGS[args.setting]["fine_tune"]:
+        copy_glue()
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda name: one_run(name, args.setting, folder), args.only))
 

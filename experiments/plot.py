@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--against", nargs="+", choices=AGAINST, default=AGAINST, help="default: all four")
     parser.add_argument("--unigram", type=float, help="perplexity of word frequencies alone: a dashed line")
     args = parser.parse_args()
-    runs = {Path(folder).name: read_run(folder) for folder in args.runs}
+    runs = {folder: read_run(folder) for folder in args.runs}
     figure = plt.figure(figsize=(3.6 * len(args.against) + 1, 2.8 * len(args.show)), layout="constrained")
     panels = figure.subplots(len(args.show), len(args.against), squeeze=False)
     for (i, j), panel in np.ndenumerate(panels):
