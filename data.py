@@ -102,8 +102,8 @@ def masked_text(text, tokenizer, n_positions):
     tokens = torch.tensor([tokenizer.encode(text).ids])  # (1, n)
     kept, masked = (tokens != vocab.mask)[0].nonzero().T, (tokens == vocab.mask)[0].nonzero().T
     if not masked.numel() or tokens.numel() > n_positions:
-        fail(f"--fill: give one <mask> or more in at most {n_positions} tokens; here are {tokens.numel()}")
-    return Corrupted(tokens, kept, masked, predict=masked, labels=masked, n_replaced=0), tokenizer
+        fail(f"--fill: give one <mask> or more in at most {n_positions} tokens")
+    return Corrupted(tokens, kept, masked, masked, masked, 0), tokenizer
 
 
 @dataclass

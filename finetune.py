@@ -287,8 +287,8 @@ def read_results(flags):
 def record(run, model, flags):
     """Append a run to results.jsonl, after saving its model if it is the task's best so far."""
     with lock(flags.out, wait=True):  # processes that share a sweep take turns
-        rivals = [r for r in read_results(flags).values() if r["task"] == run["task"] and not r["collapsed"]]
-        if not run["collapsed"] and run["score"] > max((r["score"] for r in rivals), default=-2):
+        rivals = [r for r in read_results(flags).values() if r["task"] == run["task"]]
+        if all((r["collapsed"], -r["score"]) > (run["collapsed"], -run["score"]) for r in rivals):
             save_pretrained(model, Path(flags.out, run["task"], "hf"), Path(flags.init, "tokenizer.json"))
         with open(Path(flags.out) / "results.jsonl", "a") as f:
             f.write(json.dumps(run) + "\n")
@@ -320,9 +320,9 @@ def summarize(runs):
         best = list({run["seed"]: run for run in mine}.values())  # the last one of each seed
         scores = [run["score"] for run in best]
         metrics = {m: statistics.median(run["metrics"][m] for run in best) for m in best[0]["metrics"]}
-        counted = dict(seeds=len(best), runs=len(mine), collapsed=sum(run["collapsed"] for run in mine))
-        spread = dict(score=statistics.median(scores), range=[min(scores), max(scores)])
-        summary[name] = spread | counted | dict(metrics=metrics)
+        summary[name] = dict(
+            score=statistics.median(scores), range=[min(scores), max(scores)], metrics=metrics,
+            seeds=len(best), runs=len(mine), collapsed=sum(run["collapsed"] for run in mine))  # fmt: skip
     return summary
 
 

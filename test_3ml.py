@@ -1008,7 +1008,6 @@ def test_a_tiny_encoder_learns_a_task_of_ones_own(encoder_folder, tmp_path, caps
     argv = f"--task=mine --glue={tmp_path}/tasks --init={encoder_folder} --out={out} --dtype=fp32".split()
     argv += ["--predict", "--batch_size=8"]
     ft.main([*argv, "--lr=1e30", "--epochs=1"])
-    assert "is missing, so there is no" in capsys.readouterr().out
     ft.main([*argv, "--lr=2e-3", "--epochs=15"])
     results = json.loads((out / "results.json").read_text())
     assert [run["collapsed"] for run in results["runs"]] == [True, False]

@@ -88,7 +88,7 @@ class Config(Run):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to run
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     eval_only: bool = False  # evaluate the checkpoint in --out and export it, without training
-    fill: str = ""  # a text with <mask>s: only print the likeliest words there, by the run in --out
+    fill: str = None  # a text with <mask>s: only print the likeliest words there, by the run in --out
 
 
 def presets(given):
@@ -218,7 +218,7 @@ def catch_signals():
 
 
 def log(entry, config, machine):
-    """Append a line to log.jsonl, and show its first six values."""
+    """Append a line to log.jsonl, and show it."""
     if machine.rank == 0:
         with open(Path(config.out) / "log.jsonl", "a") as f:
             f.write(json.dumps(entry) + "\n")
@@ -226,8 +226,8 @@ def log(entry, config, machine):
 
 
 def shown(entry):
-    """The first six values of an entry of the log, for people."""
-    values = [(name, x) for name, x in entry.items() if x is not None][:6]
+    """The values of an entry of the log, but for those at the common masking rate, for people."""
+    values = [(name, x) for name, x in entry.items() if x is not None and name[-3:] != "_15"]
     return "  ".join(f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}" for name, x in values)
 
 
@@ -426,7 +426,7 @@ def prepare_run(config, machine):
 def main(argv):
     recipes = "\n".join(f"  {name}: {values or 'those below'}" for name, values in RECIPES.items())
     config = parse_flags(Config, argv, f"{__doc__}\nRecipes and their defaults:\n{recipes}", presets)
-    if config.fill:
+    if config.fill is not None:
         for words in fill(config.out, config.fill):
             print("  ".join(f"{word!r} {p:.1%}" for word, p in words))
         return

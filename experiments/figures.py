@@ -6,6 +6,7 @@ Tables replace what stands between their marks in README.md; figures are experim
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def load(setting):
 
 
 def at_15(entry, key):
-    """A value of an evaluation at the common masking rate; a run at 15% has it under its plain name."""
+    """A value of an evaluation at 15%; kept logs of runs at 15% have it under its plain name."""
     return entry[f"{key}_15"] if f"{key}_15" in entry else entry[key]
 
 
@@ -72,7 +73,8 @@ def figure(runs, setting):
         if kind not in COLOURS:
             continue
         steps = [x["step"] for x in log]
-        scales = (1, work / base[1] / base[0], seconds.get(kind, 0) / seconds["vanilla-15"] / base[0])
+        clock = seconds[kind] / seconds["vanilla-15"] if kind in seconds else math.nan
+        scales = (1, work / base[1] / base[0], clock / base[0])
         style = dict(color=COLOURS[kind], linestyle=":" if "longer" in name else "-")
         for panel, scale in zip(panels, scales):
             x, y = [s * scale for s in steps], [at_15(e, "ppl_masked") for e in log]
@@ -123,7 +125,7 @@ def glue_table(setting):
         cells = [
             f"{100 * median(x):.1f} ({100 * min(x):.1f}-{100 * max(x):.1f})" for x in map(scores.get, tasks)
         ]
-        average = mean(median(scores[task]) for task in tasks)
+        average = mean(median(x) for x in scores.values())
         rows.append(f"| {name} | {' | '.join(cells)} | {100 * average:.1f} |")
     return "\n".join(rows) if runs else "Not run."
 
