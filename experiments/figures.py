@@ -139,8 +139,8 @@ def main():
             figure(runs, setting)
             tables[f"runs-{setting}"] = table(runs, setting)
         for name, content in tables.items():
-            marks = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-            text = re.sub(marks, lambda m, content=content: m[1] + content + m[2], text, flags=re.S)
+            marks = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+            text = re.sub(marks, lambda m, content=content: m[1] + content + "\n" + m[2], text, flags=re.S)
     path.write_text(text)
 
 
