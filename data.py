@@ -174,7 +174,7 @@ class Data:
 
     def frequencies(self):
         """(V,) how often each ordinary word occurs, as shares, in the first 16M tokens of train.bin."""
-        count = np.bincount(self.tokens["train"][: 1 << 24], minlength=self.vocab.size).astype(float) + 1
+        count = np.bincount(self.tokens["train"][: 1 << 24], minlength=self.vocab.size) + 1
         count[special_ids(self.vocab)] = 0  # they are never predicted
         return count / count.sum()
 
@@ -459,7 +459,7 @@ def main(argv):
     if flags.input and not flags.out:
         fail("--out: missing; name the folder to write")
     for pattern in flags.input or []:
-        found = [f for f in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(f)]
+        found = [f for f in sorted(glob.glob(pattern, recursive=True)) or [pattern] if os.path.isfile(f)]
         files += found or fail(f"--input {pattern}: no such file; name files, or a glob of them in quotes")
     if not files:
         files = [Path(out) / "corpus.txt"]

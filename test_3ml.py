@@ -436,8 +436,9 @@ def test_prepared_tokens_are_the_documents(doc, tmp_path):
     document is for validation, the first one included."""
     for i, text in enumerate(TEXTS):
         mark = "\ufeff" * (i == 0)
-        (tmp_path / f"{i}.txt").write_bytes((mark + text.replace("\n", "\r\n")).encode())
-    argv = f"--input {tmp_path}/?.txt --doc {doc} --out {tmp_path}/out --vocab_size 300 --val_every 3"
+        (tmp_path / f"[{i}].txt").write_bytes((mark + text.replace("\n", "\r\n")).encode())
+    inputs = f"--input {tmp_path}/[0].txt {tmp_path}/*[1-9]?.txt"  # a name with brackets, and a glob
+    argv = f"{inputs} --doc {doc} --out {tmp_path}/out --vocab_size 300 --val_every 3"
     data.main(argv.split())
     d, expected = Data(tmp_path / "out"), "\n".join(TEXTS).split("\n") if doc == "line" else TEXTS
     assert documents(d, "val") == expected[::3]
