@@ -400,9 +400,8 @@ def main(argv):
         fail(f"--max_len {flags.max_len}: must be from 8 to {shape.n_positions}, the encoder's positions")
     tasks, machine = find_tasks(flags), this_machine("auto", flags.dtype)
     settings = {name: getattr(flags, name) for name in ("init", "glue", "max_len", "regression")}
-    os.environ["LOCAL_RANK"] = (
-        "0"  # from here on, each process has work of its own and reports its own errors
-    )
+    # From here on, each process has work of its own and reports its own errors.
+    os.environ["LOCAL_RANK"] = "0"
     for name, task in tasks.items():
         points, done = grid(name, flags), read_results(flags)
         todo = [title for title in list(points)[machine.rank :: machine.world] if title not in done]

@@ -22,7 +22,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,7 +36,6 @@ HERE = Path(__file__).parent
 VOCAB = Vocab(size=99, mask=98)
 SHAPE = dict(vocab_size=99, n_positions=20, n_layer=2, n_embd=32, head_size=16, n_embd_dec=16)
 BOTH_NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
-BOTH_DECODERS = pytest.mark.parametrize("decoder", ["self", "cross"])
 ALL_MODELS = pytest.mark.parametrize("decoder", ["self", "cross", "none"])
 
 
@@ -68,9 +66,8 @@ def random_rows(B=4, n=20, vocab=VOCAB):
     return rows
 
 
-def random_batch(rows=None, rate=0.5, seed=0):
-    rows = random_rows() if rows is None else rows
-    return corrupt(rows, rate, vocab=VOCAB, generator=torch.Generator().manual_seed(seed))
+def random_batch(rows=None, rate=0.5):
+    return corrupt(random_rows() if rows is None else rows, rate, vocab=VOCAB)
 
 
 def padded_rows():
@@ -103,7 +100,6 @@ def refused(capsys, *words):
 def test_transformers_computes_the_same_states_losses_and_gradients(norm, decoder, tmp_path):
     """From our Hugging Face folder, and its own folder is read here."""
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("safetensors")
     net, batch, (tokens, mask) = model_of(decoder=decoder, norm=norm), random_batch(), padded_rows()
     m.save_pretrained(net, tmp_path / "ours")
     auto = transformers.AutoModelForMaskedLM if decoder == "none" else transformers.AutoModel
@@ -113,7 +109,6 @@ def test_transformers_computes_the_same_states_losses_and_gradients(norm, decode
     base = theirs.eval().base_model
     states = base(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
     close(net.encoder(tokens, attention_mask=mask)[mask], states[mask])
-
     if decoder == "none":
         labels = torch.full_like(batch.inputs, -100).scatter(1, batch.predict, batch.labels)
         out = theirs(input_ids=batch.inputs, labels=labels)
@@ -168,7 +163,7 @@ def test_dropout_is_a_fair_coin_per_element(p):
     assert torch.equal(m.Dropout(0.0)(x), x) and torch.equal(drop.eval()(x), x)
 
 
-@BOTH_DECODERS
+@pytest.mark.parametrize("decoder", ["self", "cross"])
 def test_decoders_are_figure_2s(decoder):
     """Written down for one row, in which every token is in its own place."""
     net, batch = model_of(decoder=decoder), random_batch()
@@ -190,29 +185,22 @@ def test_decoders_are_figure_2s(decoder):
 
 @pytest.mark.parametrize("decoder, norm", [("self", "post"), ("cross", "pre"), ("none", "post")])
 def test_learns_a_rule_of_position(decoder, norm):
-    """Two words take turns, so a masked word is known from those at even distance: chance is ln 12 = 2.5
-    nats, and ln 2 = 0.7 without positions. A random word can mislead, hence not 0."""
-    vocab = Vocab(size=17, mask=16)
+    """Two words take turns, so a masked one is known from those at even distances. Chance is ln 12 = 2.5
+    nats, and ln 2 = 0.7 without positions; random words can mislead, hence not 0."""
     net = m.MaskedLM(m.ModelConfig(17, 14, 2, 48, 24, decoder, 2, 48, norm, 0.0))
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-
-    def losses(B):
-        rows = torch.randint(4, 16, (B, 2)).repeat(1, 7)
-        rows[:, 0], rows[:, -1] = vocab.bos, vocab.eos
-        return net(corrupt(rows, 0.5, (0.7, 0.1, 0.2), vocab=vocab))
-
     for _ in range(400):
-        losses(32).mean().backward()
+        rows = torch.randint(4, 16, (32, 2)).repeat(1, 7)
+        losses = net(corrupt(rows, 0.5, (0.6, 0.1, 0.3), vocab=Vocab(size=17, mask=16)))
+        losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses(512).mean(0).max() < 0.15  # of each kind of token
+    assert losses.mean(0).max() < 0.2  # of rows never seen, and each kind of token
 
 
-@pytest.mark.parametrize("decoder, l, d, millions", [
-    ("none", 24, 1024, 355), ("self", 24, 1024, 362), ("cross", 24, 1024, 365),
-    ("none", 12, 768, 125), ("self", 12, 768, 128), ("cross", 12, 768, 130),
-])  # fmt: skip
-def test_parameters_are_counted_by_hand(decoder, l, d, millions):
+@ALL_MODELS
+@pytest.mark.parametrize("l, d", [(24, 1024), (12, 768)])
+def test_parameters_are_counted_by_hand(decoder, l, d):
     norm = "pre" if l == 24 or decoder == "cross" else "post"
     with torch.device("meta"):
         net = m.MaskedLM(m.ModelConfig(n_layer=l, n_embd=d, decoder=decoder, norm=norm))
@@ -221,13 +209,13 @@ def test_parameters_are_counted_by_hand(decoder, l, d, millions):
     attention_e, mlp_e = 4 * e * e + 6 * e, 8 * e * e + 7 * e
     final = 2 if norm == "pre" else 0
     expected = V * d + P * d + 2 * d + l * (attention + mlp) + final * d  # encoder
-    expected += 2 * d + V  # LayerNorm and bias of the prediction layer
-    expected += 0 if decoder == "self" else d * d + d
+    expected += 2 * d + V + (0 if decoder == "self" else d * d + d)  # prediction layer of visible tokens
     if decoder != "none":  # bridge, [MASK], positions, blocks, FC1
         expected += d * e + e + e + P * e + 2 * (attention_e + mlp_e) + final * e + e * d + d
     expected += 2 * attention_e if decoder == "cross" else 0
     assert sum(p.numel() for p in net.parameters()) == expected
-    assert round(expected / 1e6) == millions
+    millions = {"none": (125, 355), "self": (128, 362), "cross": (130, 365)}[decoder]
+    assert round(expected / 1e6) == millions[l == 24]
 
 
 def test_weights_start_as_berts_do():
@@ -257,30 +245,24 @@ def test_saved_classifier_is_transformers(norm, dropout, tmp_path):
         m.load_pretrained(tmp_path, 2)
 
 
-TEXT = "the cat sat on the mat; a dog barked. "
-
-
-def tokenizer_file(folder, vocab_size=300, text=TEXT):
-    path = Path(folder) / "tokenizer.json"
-    data.train_bpe([text * 20, "Grüße, 你好\n  <mask> indeed\n" * 5], vocab_size, path)
-    data.load_tokenizer(path)[0].save(str(path))
-    return path
-
-
-def test_autotokenizer_gives_our_ids(tmp_path):
+def test_autotokenizer_gives_our_ids_and_truncates_pairs_alike(encoder_folder):
     transformers = pytest.importorskip("transformers")
-    m.save_pretrained(model_of(), tmp_path / "hf", tokenizer_file(tmp_path))
-    ours, vocab = data.load_tokenizer(tmp_path / "hf" / "tokenizer.json")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours, vocab = data.load_tokenizer(encoder_folder / "tokenizer.json")
+    theirs = transformers.AutoTokenizer.from_pretrained(encoder_folder)
     for text in ("the cat sat", "  Two  spaces\nand a dog barked.\n\n", "Grüße 你好 🎉", ""):
         ids = ours.encode(text, add_special_tokens=False).ids
         assert theirs(text)["input_ids"] == [vocab.bos, *ids, vocab.eos]
         assert ours.decode(ids) == text
-    a, b = (ours.encode(t, add_special_tokens=False).ids for t in ("the cat", "a dog"))
-    assert theirs("the cat", "a dog")["input_ids"] == [0, *a, 2, 2, *b, 2]
     assert theirs.mask_token_id == vocab.mask == vocab.size - 1
     assert vocab.mask in theirs("the <mask> sat")["input_ids"]
     assert vocab.mask not in ours.encode("the <mask> sat").ids  # in a corpus it is plain text
+    short, long = "the cat sat on the mat. ", "a dog barked at the moon. " * 3
+    a, b = (ours.encode(text, add_special_tokens=False).ids for text in (short, long))
+    for pair, whole in (((short, long), [0, *a, 2, 2, *b, 2]), ((long, short), [0, *b, 2, 2, *a, 2])):
+        for n in (8, 17, len(whole) - 1, len(whole)):  # cut at the end of the longer text
+            expected = theirs(*pair, truncation="longest_first", max_length=n)["input_ids"]
+            assert ft.encode([pair], ours, n) == ([expected], n < len(whole))
+        assert expected == whole
 
 
 # ----------------------------------------------------------------------------------- data.py
@@ -313,13 +295,27 @@ def test_corruption_has_exact_counts(n, rate, strategy):
         assert torch.equal(batch.inputs[r][same], rows[r][same])
 
 
-def test_specials_are_never_chosen_and_never_drawn():
-    rows = random_rows(64, 20)
+def test_positions_and_words_are_uniform_and_never_special():
+    """How often each position, each pair of [MASK]s and each random word occurs, in standard deviations: the
+    largest deviation of many is neither too large nor, as with a fixed pattern, too small."""
+    R, n, special = 20_000, 25, [0, 3, 7, 8, 24]
+    rows = random_rows(1, n).repeat(R, 1)
     rows[:, 3], rows[:, 7], rows[:, 8] = VOCAB.eos, VOCAB.unk, VOCAB.pad
-    batch = corrupt(rows, 0.8, (0.2, 0.8, 0.0), vocab=VOCAB)
-    assert not (batch.predict[..., None] == torch.tensor([0, 3, 7, 8, 19])).any()
-    words = batch.inputs.gather(1, batch.predict[:, batch.masked.size(1) :])
-    assert words.min() == 4 and words.max() == 97
+    ordinary = [i for i in range(n) if i not in special]
+    batch = corrupt(rows, 0.43, (0.5, 0.3, 0.2), vocab=VOCAB, generator=torch.Generator().manual_seed(1))
+
+    def check(seen, trials, p):
+        assert 1 < ((seen - trials * p) / math.sqrt(trials * p * (1 - p))).abs().max() < 4.5
+
+    for positions in (batch.predict, *batch.predict.split([5, 3, 2], dim=1)):
+        seen = torch.bincount(positions.flatten(), minlength=n)
+        check(seen[ordinary], R, positions.size(1) / 20)
+        assert (seen[special] == 0).all()
+    chosen = torch.zeros(R, n).scatter_(1, batch.masked, 1)[:, ordinary]
+    check((chosen.T @ chosen)[torch.triu(torch.ones(20, 20), 1) > 0], R, 5 * 4 / (20 * 19))
+    seen = torch.bincount(batch.inputs.gather(1, batch.predict[:, 5:8]).flatten(), minlength=99)
+    check(seen[4:98], 3 * R, 1 / 94)
+    assert seen[4:98].sum() == 3 * R
     with pytest.raises(ValueError, match="mask_rate"):
         corrupt(rows, 1.0, vocab=VOCAB)
     shuffled = Vocab(size=30, bos=29, pad=7, eos=3, unk=0, mask=12)  # another order of the special tokens
@@ -327,31 +323,7 @@ def test_specials_are_never_chosen_and_never_drawn():
     assert set(words.tolist()) == set(range(30)) - {29, 7, 3, 0, 12}
 
 
-def test_masks_and_words_are_uniform_and_independent():
-    """How often each position, each pair of [MASK]s and each random word occurs, in standard deviations: the
-    largest deviation of many is neither too large nor, as with a fixed pattern, too small."""
-    R, n = 20_000, 22
-    rows = random_rows(1, n).expand(R, n)
-    batch = corrupt(rows, 0.5, (0.5, 0.3, 0.2), vocab=VOCAB, generator=torch.Generator().manual_seed(1))
-
-    def check(seen, trials, p):
-        assert 1 < ((seen - trials * p) / math.sqrt(trials * p * (1 - p))).abs().max() < 4.5
-
-    for positions in (batch.predict, *batch.predict.split([5, 3, 2], dim=1)):  # of 20
-        check(torch.bincount(positions.flatten(), minlength=n)[1:-1], R, positions.size(1) / 20)
-    chosen = torch.zeros(R, n).scatter_(1, batch.masked, 1)[:, 1:-1]
-    together = (chosen.T @ chosen)[torch.triu(torch.ones(20, 20), 1) > 0]
-    check(together, R, 5 * 4 / (20 * 19))
-    words = batch.inputs.gather(1, batch.predict[:, 5:8])
-    check(torch.bincount(words.flatten(), minlength=99)[4:98], 3 * R, 1 / 94)
-
-
-TEXTS = [
-    "The cat sat.\nOn the mat.",
-    "A dog barked — twice.",
-    "Grüße <mask> </s>\tand 你好",
-    "one\ntwo  three",
-]
+TEXTS = ["The cat sat.\nOn the mat.", "A dog — barked.", "Grüße <mask> </s>\tand 你好", "one\ntwo  three"]
 
 
 def prepared(folder, texts=TEXTS * 3, doc="blank", **options):
@@ -392,11 +364,10 @@ def test_prepared_tokens_are_the_documents(doc, piece, tmp_path, monkeypatch):
     document is for validation, the first one included. Documents may be longer than a piece."""
     monkeypatch.setattr(data, "PIECE", piece)
     for i, text in enumerate(TEXTS):
-        mark = "\ufeff" * (i == 0)
-        (tmp_path / f"[{i}].txt").write_bytes((mark + text.replace("\n", "\r\n")).encode())
+        text = "\ufeff" * (i == 0) + text.replace("\n", "\r\n")
+        (tmp_path / f"[{i}].txt").write_bytes(text.encode())
     inputs = f"--input {tmp_path}/[0].txt {tmp_path}/*[1-9]?.txt"  # a name with brackets, and a glob
-    argv = f"{inputs} --doc {doc} --out {tmp_path}/out --vocab_size 300 --val_every 3"
-    data.main(argv.split())
+    data.main(f"{inputs} --doc {doc} --out {tmp_path}/out --vocab_size 300 --val_every 3".split())
     d, expected = Data(tmp_path / "out"), "\n".join(TEXTS).split("\n") if doc == "line" else TEXTS
     assert documents(d, "val") == expected[::3]
     assert documents(d, "train") == [text for i, text in enumerate(expected) if i % 3]
@@ -408,14 +379,12 @@ def test_prepared_tokens_are_the_documents(doc, piece, tmp_path, monkeypatch):
 @pytest.mark.parametrize("size, dtype", [(50265, "uint16"), (65537, "uint32")])
 def test_roberta_layout_and_wide_ids(size, dtype, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    words = dict(
-        zip(["<s>", "<pad>", "</s>", "<unk>", *tokenizers.pre_tokenizers.ByteLevel.alphabet()], range(size))
-    )
-    words |= {f"w{i}": i for i in range(len(words), size - 1)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={**words, "<mask>": size - 1}, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    words = [*special, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"w{i}" for i in range(len(words), size - 1)]
+    ids = {word: i for i, word in enumerate([*words, "<mask>"])}
+    tokenizer = tokenizers.ByteLevelBPETokenizer(ids, [])
+    tokenizer.add_special_tokens([*special, "<mask>"])
     tokenizer.save(str(tmp_path / "roberta.json"))
     d = prepared(tmp_path, tokenizer=tmp_path / "roberta.json")
     assert d.vocab == Vocab(size, 0, 1, 2, 3, size - 1) and d.meta["dtype"] == dtype
@@ -543,59 +512,44 @@ def ends_as_if_uninterrupted(corpus, folder, **changes):
     assert log_of(cut) == log_of(whole)
 
 
-def run_and_capture(argv, path):
-    """train.main, with the gradients that the optimizer sees at each step saved to `path`."""
-    grads, real = [], train.update
-
-    def update(optimizer, *rest):
-        grads.append(torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]))
-        real(optimizer, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "update", update)
-        train.main(argv)
-    torch.save(grads, path)
-    return grads
-
-
-def one_of_two(rank, port, argv, path):
-    os.environ |= dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2")
-    os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=f"{port}")
-    torch.set_num_threads(1)
-    run_and_capture(argv, f"{path}.{rank}")
-
-
 @pytest.mark.parametrize("decoder, dropout", [("self", 0), ("cross", 0), ("self", 0.1)])
 def test_division_of_work_changes_nothing(decoder, dropout, corpus, tmp_path):
-    """One batch whole, in micro-batches of 3, 3 and 2 or of 2, and by two processes: the same gradients
-    before every optimizer step, and the same log. Adam would hide a wrong divisor."""
-
-    def argv(name, micro):
-        changes = dict(decoder=decoder, dropout=dropout, micro_batch_size=micro, weight_decay=0, lr=1e-5)
-        return arguments(corpus, tmp_path / name, **changes)
-
-    # dropout is the same for the same micro-batches, whoever does them
-    whole = run_and_capture(argv("whole", 2 if dropout else 8), tmp_path / "whole.pt")
-    run_and_capture(argv("parts", 2 if dropout else 3), tmp_path / "parts.pt")
-    torch.multiprocessing.spawn(one_of_two, (get_free_port(), argv("two", 2), tmp_path / "two"), nprocs=2)
-    for other, path in (("parts", "parts.pt"), ("two", "two.0"), ("two", "two.1")):
-        for a, b in zip(whole, torch.load(tmp_path / path), strict=True):
-            assert (a - b).norm() < 1e-4 * a.norm()
-        for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / other), strict=True):
-            assert a.keys() == b.keys()
-            assert all(a[k] == b[k] or math.isclose(a[k], b[k], rel_tol=1e-4) for k in a)
+    """One batch whole, in micro-batches of 3, 3 and 2, and by two processes: the same losses and gradient
+    norms at every step. Weights would not show a wrong divisor, which Adam hides."""
+    micro = dict(whole=2, two=2) if dropout else dict(whole=8, parts=3, two=2)  # dropout depends on it
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, size in micro.items():
+        changes = dict(decoder=decoder, dropout=dropout, micro_batch_size=size, lr=1e-5)
+        argv = arguments(corpus, tmp_path / name, **changes)
+        if name == "two":
+            subprocess.run([*torchrun, train.__file__, *argv], check=True)
+        else:
+            train.main(argv)
+    whole, *others = (log_of(tmp_path / name) for name in micro)
+    for a, b in [pair for other in others for pair in zip(whole, other, strict=True)]:
+        assert a.keys() == b.keys()
+        assert all(a[k] == b[k] or math.isclose(a[k], b[k], rel_tol=1e-4) for k in a)
 
 
 @ALL_MODELS
-def test_resume_after_any_step_is_bit_identical(decoder, corpus, tmp_path, monkeypatch):
-    """Killed in steps 1 to 4, with what a kill in the middle of saving leaves. Once without [MASK]s."""
-    changes = dict(decoder=decoder, max_steps=5, dropout=0.1)
+@pytest.mark.parametrize("number", [0, signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_bit_for_bit_as_another(decoder, number, corpus, tmp_path):
+    """Interrupted in steps 1 to 4: a signal finishes the step and saves; a kill loses it and leaves half a
+    checkpoint. Once without [MASK]s."""
+    changes = dict(decoder=decoder, max_steps=6, dropout=0.1, save_every=100 if number else 1)
     changes |= dict(strategy=(0, 0.5, 0.5)) if decoder == "none" else {}
+
+    def interrupt(model):
+        if not number:
+            raise KeyboardInterrupt  # which skips what is left to do, as a kill does
+        os.kill(os.getpid(), number)
+
     for step in range(1, 5):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            during_step(step, lambda model: (_ for _ in ()).throw(KeyboardInterrupt), patch)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e:
+            during_step(step, interrupt, patch)
             train.main(arguments(corpus, tmp_path / "cut", **changes))
-        assert torch.load(tmp_path / "cut/ckpt.pt")["step"] == step
+        assert e.value.code == 128 + (number or signal.SIGINT)
+        assert torch.load(tmp_path / "cut/ckpt.pt")["step"] == step + (number > 0)
         (tmp_path / "cut/ckpt.new.pt.tmp").write_bytes(b"half a checkpoint")
         (tmp_path / "cut/ckpt.pt").rename(tmp_path / f"cut/{'ckpt.prev.pt' if step == 2 else 'ckpt.pt'}")
     ends_as_if_uninterrupted(corpus, tmp_path, **changes)
@@ -606,16 +560,14 @@ def test_a_finished_run_is_evaluated_and_not_changed(corpus, tmp_path, capsys):
     train.main(argv)
     before = (tmp_path / "ckpt.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes()
     last = capsys.readouterr().out.splitlines()[-3:]
-    config = train.Config(lr=4e-3, max_steps=4)  # tiny's learning rate
-    steps = [entry for entry in log_of(tmp_path) if "loss" in entry]
-    assert [entry["lr"] for entry in steps] == [train.lr_at(step, config) for step in range(4)]
+    lrs = [entry["lr"] for entry in log_of(tmp_path) if "loss" in entry]
+    assert lrs == [train.lr_at(step, train.Config(lr=4e-3, max_steps=4)) for step in range(4)]  # tiny's lr
     for again in (argv, [*argv, "--eval_only"], [*argv, "--max_steps", "3"]):
         train.main(again)
         assert capsys.readouterr().out.splitlines()[-3:] == last
     with data.lock(tmp_path), refused(capsys, "another process"):
         train.main(argv)
-    others = dict(lr=0.5, eval_rows=8, decoder="cross", seed=1, strategy=(1, 0, 0))
-    for field, value in others.items():
+    for field, value in dict(lr=0.5, eval_rows=8, decoder="cross", seed=1, strategy=(1, 0, 0)).items():
         with refused(capsys, f"{field} "):
             train.main(arguments(corpus, tmp_path, **{field: value}))
     assert before == ((tmp_path / "ckpt.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes())
@@ -671,8 +623,7 @@ def test_init_starts_from_a_published_encoder(corpus, tmp_path, capsys):
     with refused(capsys, "no flags for the encoder's shape"):
         train.main(argv)
     train.main(" ".join(argv).replace("--n_layer 1 --n_embd 32 --head_size 16", "").split())
-    _, encoder = m.load_pretrained(tmp_path / "out/hf")
-    assert equal(dict(source.encoder.state_dict()), dict(encoder.state_dict()))
+    assert equal(source.encoder.state_dict(), m.load_pretrained(tmp_path / "out/hf")[1].state_dict())
     with refused(capsys, "init"):  # resuming without it is another run
         train.main(arguments(corpus, tmp_path / "out", lr=0, max_steps=2))
 
@@ -703,12 +654,17 @@ def test_fill_gives_the_likeliest_words(decoder, corpus, tmp_path, capsys):
 
 def test_clipping_divides_by_the_norm_and_fp16s_scaler_does_not_matter(corpus, tmp_path):
     """The norm in the log is the unclipped one."""
-    free, clipped, half = (
-        run_and_capture(arguments(corpus, tmp_path / f"{i}", **changes), tmp_path / f"{i}.pt")[0]
-        for i, changes in enumerate([{}, dict(grad_clip=0.01), dict(grad_clip=0.01, dtype="fp16")])
-    )
+    grads = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: grads.append(
+        torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]])
+    ))  # fmt: skip
+    for i, changes in enumerate([{}, dict(grad_clip=0.01), dict(grad_clip=0.01, dtype="fp16")]):
+        train.main(arguments(corpus, tmp_path / f"{i}", max_steps=1, **changes))
+    hook.remove()
+    free, clipped, half = grads
     close(clipped, free * 0.01 / free.norm(), 1e-6)
-    assert math.isclose(log_of(tmp_path / "1")[0]["grad_norm"], free.norm(), rel_tol=1e-5)
+    norms = [log_of(tmp_path / i)[0]["grad_norm"] / float(free.norm()) for i in "012"]
+    assert np.allclose(norms, 1, rtol=0.01) and np.allclose(norms[:2], 1, rtol=1e-5)
     assert (half - clipped).norm() < 0.05 * clipped.norm()
 
 
@@ -728,7 +684,7 @@ def test_dropout_is_on_in_training_off_in_evaluation_and_fresh(corpus, tmp_path)
     assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])  # a step again
     assert not torch.equal(seen[0], seen[1])  # two micro-batches of the same rows
     assert not torch.equal(seen[0], seen[4])  # another step
-    assert torch.equal(net.eval()(batch), net(batch))
+    close(train.backward(net.eval(), batch, config, 0, ONE, scaler), net(batch).mean().detach())
     models = [(model_of(decoder=d), random_batch(), n) for d, n in (("none", 7), ("self", 14), ("cross", 18))]
     for model, inputs, places in (*models, (m.Classifier(config_of(), 2), random_rows(), 9)):
         used = []  # embeddings; in each block attention's weights, its output, the MLP's; the head's two
@@ -754,14 +710,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(corpus, tmp_path, caps
         train.main(arguments(corpus, tmp_path / "cut"))
 
 
-def test_fp16_may_skip_a_step_but_not_for_ever(capsys):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    train.stop_if_diverged(1.0, math.inf, scaler, 0, 0.1)
-    for loss, norm, scale in ((math.nan, 1.0, 2.0), (1.0, math.inf, 1e-5)):
-        with refused(capsys, "diverged"):
-            train.stop_if_diverged(loss, norm, torch.amp.GradScaler("cpu", init_scale=scale), 0, 0.1)
-
-
 def test_divergence_stops_before_the_optimizer_moves(corpus, tmp_path, monkeypatch, capsys):
     during_step(2, lambda model: next(model.parameters()).grad.view(-1)[:1].fill_(math.nan), monkeypatch)
     with refused(capsys, "step 3: loss", "--grad_clip 1"):
@@ -769,16 +717,10 @@ def test_divergence_stops_before_the_optimizer_moves(corpus, tmp_path, monkeypat
     assert torch.load(tmp_path / "cut/ckpt.pt")["step"] == 2
     monkeypatch.undo()
     ends_as_if_uninterrupted(corpus, tmp_path, grad_clip=100)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_and_the_run_resumes(number, corpus, tmp_path, monkeypatch):
-    during_step(1, lambda model: os.kill(os.getpid(), number), monkeypatch)
-    with pytest.raises(SystemExit) as e:
-        train.main(arguments(corpus, tmp_path / "cut", save_every=100))
-    assert e.value.code == 128 + number and torch.load(tmp_path / "cut/ckpt.pt")["step"] == 2
-    monkeypatch.undo()
-    ends_as_if_uninterrupted(corpus, tmp_path, save_every=100)
+    train.stop_if_diverged(1.0, math.inf, torch.amp.GradScaler("cpu", 2.0), 0, 0.1)  # fp16 skips a step
+    for loss, norm, scale in ((math.nan, 1.0, 2.0), (1.0, math.inf, 1e-5)):  # but not for ever
+        with refused(capsys, "diverged"):
+            train.stop_if_diverged(loss, norm, torch.amp.GradScaler("cpu", scale), 0, 0.1)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(corpus, tmp_path):
@@ -787,14 +729,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(corpus, tmp_path):
     argv = arguments(corpus, tmp_path, max_steps=2, log_every=100)
     train.main(argv)
     before = (tmp_path / "ckpt.pt").read_bytes()
-    limit = len(before) // 2
+    limits = (len(before) // 2,) * 2
     done = subprocess.run(
         [sys.executable, train.__file__, *argv, "--max_steps", "4"], capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
     )  # fmt: skip
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert len(errors) == 1 and "ckpt" in errors[0]
+    assert done.stderr.count("error: ") == 1 and "ckpt" in done.stderr
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
@@ -881,30 +822,11 @@ def test_readers_of_all_tasks(name, tmp_path, capsys):
         ft.read_split(path, task)
 
 
-def test_truncation_takes_from_the_longer_text(tmp_path):
-    tokenizer, _ = data.load_tokenizer(tokenizer_file(tmp_path))
-    words = [tokenizer.encode(TEXT * k, add_special_tokens=False).ids for k in (1, 3, 9)]
-    for i, j, max_len in [(i, j, n) for i in range(3) for j in range(3) for n in (8, 16, 17, 64, 400)]:
-        x, y = list(words[i]), list(words[j])
-        while len(x) + len(y) > max_len - 4:  # a token at a time
-            (x if len(x) > len(y) else y).pop()
-        pair = tokenizer.decode(words[i]), tokenizer.decode(words[j])
-        (ids,), cut = ft.encode([pair], tokenizer, max_len)
-        at = ids.index(2)
-        assert ids == [0, *words[i][: at - 1], 2, 2, *words[j][: len(ids) - at - 3], 2]
-        assert len(ids) == len(x) + len(y) + 4 and abs(at - 1 - len(x)) <= 1
-        assert cut == (len(words[i]) + len(words[j]) > max_len - 4)
-    assert ft.encode([tokenizer.decode(words[1])], tokenizer, 16) == ([[0, *words[1][:14], 2]], 1)
-
-
 @pytest.fixture(scope="session")
-def encoder_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
-    path = tokenizer_file(folder, 400, "the cat sat on the mat; a dog barked. good bad yes no ")
-    torch.manual_seed(0)
-    net = m.MaskedLM(config_of(vocab_size=data.load_tokenizer(path)[1].size, n_positions=40, norm="pre"))
-    m.save_pretrained(net, folder / "hf", path)
-    return folder / "hf"
+def encoder_folder(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    train.main(arguments(corpus, out, seq_len=64))
+    return out / "hf"
 
 
 def test_a_tiny_encoder_learns_a_task_of_ones_own(encoder_folder, tmp_path, capsys):
@@ -957,11 +879,10 @@ def test_a_killed_sweep_makes_each_run_exactly_once(encoder_folder, tmp_path, mo
     for _, name, start in made:
         assert start == str(encoder_folder if name == "MNLI" else out / "MNLI/hf")
     results = json.loads((out / "results.json").read_text())
-    for name, task in results["summary"].items():
-        scores = [[run["score"] for run in results["runs"] if (run["task"], run["seed"]) == (name, seed)]
-                  for seed in (0, 1)]  # fmt: skip
-        assert math.isclose(task["score"], np.median(np.max(scores, axis=1)))
-    assert math.isclose(results["average"], np.mean([task["score"] for task in results["summary"].values()]))
+    tasks = [task["score"] for task in results["summary"].values()]
+    scores = np.reshape([run["score"] for run in results["runs"]], (3, 2, 2))  # tasks, seeds, learning rates
+    assert np.allclose(tasks, np.median(scores.max(axis=2), axis=1))
+    assert math.isclose(results["average"], sum(tasks) / 3)
     said = capsys.readouterr().out
     for words in ("QNLI/train.tsv is missing", "average of 3 tasks", "test_mismatched.tsv is missing"):
         assert words in said
@@ -971,7 +892,7 @@ def test_a_killed_sweep_makes_each_run_exactly_once(encoder_folder, tmp_path, mo
         assert header == ["index", "prediction"] and [i for i, _ in lines] == list("01234")
         answers[path.stem] = {answer for _, answer in lines}
     assert answers.keys() == {"RTE", "STS-B", "AX"}
-    assert answers["RTE"] < set(LAYOUTS["RTE"][1]) and answers["AX"] < set(LAYOUTS["MNLI"][1])
+    assert answers["RTE"] <= set(PAIR) and answers["AX"] <= set(MNLI)
     assert all(0 <= float(x) <= 5 for x in answers["STS-B"])
 
 
@@ -1013,20 +934,17 @@ class Malice:
 def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
     """A folder of things that go wrong, and the working directory of the case."""
     monkeypatch.chdir(tmp_path)
-    for name, source in dict(
-        data=corpus, short=corpus, ids=corpus, hf=0, evil=0, bert=0, big=0, run=0
-    ).items():
-        shutil.copytree(source or encoder_folder, name)
-    texts = {
-        "empty.txt": "", "null.txt": "text\nmore\0text\n", "one.txt": "a single document\n", "not.json": "{",
-        "glue/RTE/train.tsv": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n",
-        "ok.txt": "a b\n\nc d\n\ne f\n", "glue/label/train.tsv": "sentence1\tlabel\na\tx\nb\n",
-        "glue/head/train.tsv": "text\tlabel\na\tx\nb\ty\n", "glue/dev/dev.tsv": "sentence1\tlabel\na\tz\n",
-        "glue/dev/train.tsv": "sentence1\tlabel\na\tx\nb\ty\n",
-        "glue/nan/train.tsv": "sentence1\tlabel\na\t1.5\nb\tnan\n",
-    }  # fmt: skip
+    for name in ("data", "short", "ids", "hf", "evil", "bert", "run"):
+        shutil.copytree(corpus if name in ("data", "short", "ids") else encoder_folder, name)
+    texts = {"ok.txt": "a b\n\nc d\n\ne f\n", "empty.txt": "", "null.txt": "text\nmore\0text\n",
+             "one.txt": "a single document\n", "not.json": "{"}  # fmt: skip
+    tasks = {"RTE": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n", "head": "text\tlabel\na\tx\nb\ty\n",
+             "label": "sentence1\tlabel\na\tx\nb\n", "dev": "sentence1\tlabel\na\tx\nb\ty\n",
+             "nan": "sentence1\tlabel\na\t1.5\nb\tnan\n"}  # fmt: skip
+    for name, text in tasks.items():
+        Path("glue", name).mkdir(parents=True)
+        texts |= {f"glue/{name}/train.tsv": text, f"glue/{name}/dev.tsv": "sentence1\tlabel\na\tz\n"}
     for name, text in texts.items():
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text)
     Path("latin.txt").write_bytes(b"one\n\ncaf\xe9 two\n")
     Path("short/train.bin").write_bytes(Path("short/train.bin").read_bytes()[:-5])
@@ -1046,19 +964,18 @@ BAD = {
         ("--out ok.txt/o", "ok.txt"), ("--tokenizer not.json", "not.json"), ("--verify no", "no/meta.json"),
     ]),
     train: ("--data=data --out=o --seq_len=16 --max_steps=1 --device=cpu --n_layer=1 --n_embd=128", [
-        ("--data no", "no/meta.json"), ("--data short", "short/train.bin"), ("--data ids", "ids/train.bin"),
-        ("--seq_len 5000", ".bin"), ("--n_positions 8", "--seq_len 16"),
-        ("--dropout 1", "dropout is 1"), ("--mask_rate 2", "mask_rate is 2"),
-        ("--mask_rate nan", "--mask_rate: nan"), ("--strategy 0.8 0.1 0.2", "strategy"), ("--lr -1", "--lr"),
-        ("--max_steps 0", "--max_steps: 0"), ("--n_embd 30", "n_embd: 30"), ("--decoder both", "--decoder"),
-        ("--device abacus", "--device"), ("--eval_only", "--eval_only"), ("--out run", "run/ckpt.pt"),
-        ("--init bert", "bert/config.json"), ("--init evil", "evil/pytorch_model.bin"),
+        ("--data no", "no/meta.json"), ("--data short", "short/train"), ("--data ids", "ids/train.bin"),
+        ("--seq_len 5000", ".bin"), ("--n_positions 8", "--seq_len 16"), ("--dropout 1", "dropout is 1"),
+        ("--mask_rate 2", "mask_rate is 2"), ("--mask_rate nan", "--mask_rate: nan"), ("--lr -1", "--lr"),
+        ("--strategy 0.8 0.1 0.2", "strategy"), ("--n_embd 30", "n_embd: 30"), ("--device abacus", "--dev"),
+        ("--eval_only", "--eval_only"), ("--init bert", "bert/config.json"), ("--out run", "run/ckpt.pt"),
+        ("--init evil", "evil/pytorch_model.bin"),
     ]),
     ft: ("--init=hf --out=o --glue=glue --task=RTE", [
-        ("--glue nothing", "nothing"), ("--task XYZ", "XYZ/train.tsv"), ("--init evil", "evil/pytorch"),
-        ("--task RTE", "RTE/train.tsv: line 2"), ("--max_len 500", "--max_len 500"),
-        ("--task label", "label/train.tsv"), ("--task head", "head/train.tsv: line 1"), ("--lr x", "--lr"),
-        ("--task dev", "dev/dev.tsv: line 2"), ("--task nan --regression", "nan/train.tsv: line 3"),
+        ("--glue nothing", "nothing"), ("--task XYZ", "XYZ/train.tsv"), ("--max_len 500", "--max_len 500"),
+        ("--task RTE", "RTE/train.tsv: line 2"), ("--task label", "label/train.tsv"), ("--lr x", "--lr"),
+        ("--task head", "head/train.tsv: line 1"), ("--task dev", "dev/dev.tsv: line 2"),
+        ("--task nan --regression", "nan/train.tsv: line 3"), ("--init evil", "evil/pytorch_model.bin"),
     ]),
 }  # fmt: skip
 CASES = [(module, usual, text, names) for module, (usual, cases) in BAD.items() for text, names in cases]
