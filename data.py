@@ -100,7 +100,8 @@ def masked_text(text, tokenizer, n_positions):
     tokenizer, vocab = load_tokenizer(tokenizer)
     tokenizer.encode_special_tokens = False  # "<mask>" is a token here
     tokens = torch.tensor([tokenizer.encode(text).ids])  # (1, n)
-    kept, masked = (tokens != vocab.mask)[0].nonzero().T, (tokens == vocab.mask)[0].nonzero().T
+    is_mask = tokens[0] == vocab.mask
+    kept, masked = (~is_mask).nonzero().T, is_mask.nonzero().T
     if not masked.numel() or tokens.numel() > n_positions:
         fail(f"--fill: give one <mask> or more in at most {n_positions} tokens")
     return Corrupted(tokens, kept, masked, masked, masked, 0), tokenizer
@@ -215,7 +216,9 @@ def read_documents(files, doc, title):
             text, unfinished = "", False
             for line in chain(read_lines(path, bar), [""]):  # "" is the end of the file
                 text += line
-                ends = not line or dict(line=line[-1:] == "\n", blank=not line.strip(), file=False)[doc]
+                # the newline of a line that was cut is no blank line
+                blank = not line.strip() and (not unfinished or text.count("\n") > 1)
+                ends = not line or dict(line=line[-1:] == "\n", blank=blank, file=False)[doc]
                 if ends or len(text) >= PIECE:
                     body = text.rstrip()
                     if body or unfinished:
@@ -351,7 +354,6 @@ def fail(message):
 def command(main):
     """Decorator of a script's main: errors that the user can fix are one line on stderr."""
 
-    @functools.wraps(main)
     def run(argv=None):
         try:
             main(argv)

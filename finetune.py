@@ -252,8 +252,10 @@ def run_once(title, name, task, splits, point, init, machine):
         metrics |= {m + suffix: METRICS[m](p, labels) for m in task.metrics}
         collapsed |= bool(np.ptp(p) < 1e-3)  # the same answer for all examples
     score = statistics.mean(metrics.values())
-    line = dict(title=title, task=name, **point, start=str(init), metrics=metrics, score=score)
-    return line | dict(collapsed=collapsed), model
+    line = dict(
+        title=title, task=name, **point, start=str(init), metrics=metrics, score=score, collapsed=collapsed
+    )
+    return line, model
 
 
 # Many runs

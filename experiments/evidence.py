@@ -1,11 +1,11 @@
 """Runs the study behind experiments/README.md: does 3ML keep its promise?
 
     python experiments/evidence.py --setting cpu --jobs 2       two cores, some hours
-    python experiments/evidence.py --setting gpu                one GPU, some twenty minutes for claim 1
+    python experiments/evidence.py --setting gpu --fine_tune    one GPU, some twenty minutes for claim 1
     python experiments/evidence.py --setting cpu --only vanilla-15.0 self-50.0
     python experiments/evidence.py --setting cpu --speed        tokens/s of the contenders, in turns
 
-Every run of the table RUNS is a `train.py` command in a process of its own, then, in the GPU's setting, a
+Every run of the table RUNS is a `train.py` command in a process of its own, then, with --fine_tune, a
 `finetune.py` command. What is finished is not run again, and an interrupted run resumes. Kept under
 experiments/evidence/SETTING/ are NAME.jsonl (the run's log: every evaluation, and its training loss each 100
 steps), NAME.glue.jsonl (the lines of finetune.py's results) and speed.json. figures.py turns these files, and
@@ -23,18 +23,18 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT / "data/glue"  # GLUE's folders; the English text of the GPU's setting is data/corpus/*.txt
-TASKS = ("CoLA", "SST-2", "QQP", "MNLI", "RTE", "MRPC", "STS-B")  # MNLI and QQP are subsets, see README.md
 
 # What the runs of a setting share: text, shape, schedule. The learning rate is vanilla-15's best of the short
 # runs called "lr". longer: the steps of self-50 in the seconds of one of vanilla-15's, from speed.json.
 SETTINGS = {
     "cpu": dict(
-        text="--val_every 20", steps=4500, lr=1e-3, longer=1.16, threads=1, fine_tune=False,
+        text="--val_every 20", steps=4500, lr=1e-3, longer=1.16, threads=1,
+        tasks=("CoLA", "SST-2", "MRPC", "STS-B", "RTE"),
         shape="--n_layer 6 --n_embd 256 --norm pre --dropout 0 --seq_len 64 --batch_size 32",
     ),
     "gpu": dict(
         text="--input data/corpus/*.txt --vocab_size 8192", steps=7500, lr=1e-3, longer=1.25,
-        threads=16, fine_tune=True,
+        threads=16, tasks=("CoLA", "SST-2", "QQP", "MNLI", "RTE", "MRPC", "STS-B"),  # QQP, MNLI: subsets
         shape="--n_layer 8 --n_embd 512 --norm pre --seq_len 128 --batch_size 256 --micro_batch_size 256",
     ),
 }  # fmt: skip
@@ -56,6 +56,7 @@ RUNS = {  # name: flags besides the setting's. The number after the dot is the s
     "vanilla-15.1": f"{VANILLA} 0.15",
     "self-50.1": f"{SELF} 0.5",
     "self-50-longer.0": f"{SELF} 0.5",
+    "self-50-longer.1": f"{SELF} 0.5",
     "self-40.0": f"{SELF} 0.4",
     "cross-40.0": f"{CROSS} 0.4",
     # mask more (Figure 3)
@@ -105,27 +106,23 @@ def pretrain(name, setting, kept):
 
 def fine_tune(name, setting, kept):
     """Three seeds of each task, from the encoder of a run."""
-    if kept.exists() or not SETTINGS[setting]["fine_tune"] or name.startswith("lr"):
+    if kept.exists() or name.startswith("lr"):
         return
     out = f"out/evidence-{setting}/{name}"
-    flags = f"--task all --glue data/evidence-glue --init {out}/hf --out {out}/glue --lr 1e-4 --seed 0 1 2"
+    flags = f"--task all --glue data/glue-{setting} --init {out}/hf --out {out}/glue --lr 1e-4 --seed 0 1 2"
     command("finetune.py", flags, SETTINGS[setting]["threads"])
     kept.write_text((ROOT / out / "glue/results.jsonl").read_text())
 
 
-def copy_glue():
+def copy_glue(setting):
     """GLUE's files as they are here, SST-2 with its first 10,000 rows."""
-    for task in TASKS:
-        (ROOT / "data/evidence-glue" / task).mkdir(parents=True, exist_ok=True)
+    for task in SETTINGS[setting]["tasks"]:
+        folder = ROOT / f"data/glue-{setting}" / task
+        folder.mkdir(parents=True, exist_ok=True)
         for file in (GLUE / task).glob("*.tsv"):
             lines = file.read_text().split("\n")
             some = lines[:10_001] if (task, file.name) == ("SST-2", "train.tsv") else lines
-            (ROOT / "data/evidence-glue" / task / file.name).write_text("\n".join(some))
-
-
-def one_run(name, setting, folder):
-    pretrain(name, setting, folder / f"{name}.jsonl")
-    fine_tune(name, setting, folder / f"{name}.glue.jsonl")
+            (folder / file.name).write_text("\n".join(some))
 
 
 def measure_speed(setting, folder, rounds=4, steps=50):
@@ -151,6 +148,7 @@ def main():
     parser.add_argument("--setting", choices=SETTINGS, required=True)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
+    parser.add_argument("--fine_tune", action="store_true", help="also fine-tune every run on GLUE's tasks")
     parser.add_argument("--speed", action="store_true", help="measure tokens/s, run nothing else")
     args = parser.parse_args()
     folder = ROOT / "experiments/evidence" / args.setting
@@ -160,10 +158,16 @@ def main():
     if args.speed:
         measure_speed(args.setting, folder)
         return
-    if SETTINGS[args.setting]["fine_tune"]:
-        copy_glue()
+    if args.fine_tune:
+        copy_glue(args.setting)
+
+    def one_run(name):
+        pretrain(name, args.setting, folder / f"{name}.jsonl")
+        if args.fine_tune:
+            fine_tune(name, args.setting, folder / f"{name}.glue.jsonl")
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda name: one_run(name, args.setting, folder), args.only))
+        list(pool.map(one_run, args.only))
 
 
 if __name__ == "__main__":

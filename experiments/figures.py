@@ -26,7 +26,8 @@ from data import counts, parse_flags  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY = dict(cpu=2048, gpu=8192)
-COLOURS = {"vanilla-15": "#1f77b4", "self-50": "#d62728", "self-40": "#ff7f0e", "cross-40": "#2ca02c"}
+COLOURS = {"vanilla-15": "#1f77b4", "vanilla-50": "#9467bd", "self-50": "#d62728", "self-40": "#ff7f0e",
+           "cross-40": "#2ca02c"}  # fmt: skip
 
 
 def load(setting):
