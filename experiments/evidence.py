@@ -50,6 +50,9 @@ RUNS = {  # name: flags besides the setting's. The number after the dot is the s
     "lr-0.001": f"{VANILLA} 0.15 --lr 0.001",
     "lr-0.002": f"{VANILLA} 0.15 --lr 0.002",
     "lr-0.004": f"{VANILLA} 0.15 --lr 0.004",
+    "lr-self-0.0005": f"{SELF} 0.5 --lr 0.0005",
+    "lr-self-0.001": f"{SELF} 0.5 --lr 0.001",
+    "lr-self-0.002": f"{SELF} 0.5 --lr 0.002",
     # the main question: at equal steps, at equal FLOPs, at equal seconds
     "vanilla-15.0": f"{VANILLA} 0.15",
     "self-50.0": f"{SELF} 0.5",
