@@ -76,15 +76,19 @@ def figure(runs, setting):
         steps = [x["step"] for x in log]
         clock = seconds[kind] / seconds["vanilla-15"] if kind in seconds else math.nan
         scales = (1, work / base[1] / base[0], clock / base[0])
-        style = dict(color=COLOURS[kind], linestyle=":" if "longer" in name else "-")
+        style = dict(
+            color=COLOURS[kind], linestyle=":" if "longer" in name else "-", marker="o", markersize=2.5
+        )
+        if name.endswith(".0"):  # one line of the legend for all seeds
+            style["label"] = kind + ", longer" * ("longer" in name)
         for panel, scale in zip(panels, scales):
-            x, y = [s * scale for s in steps], [at_15(e, "ppl_masked") for e in log]
-            panel.plot(
-                x, y, marker="o", markersize=2.5, label=kind if name.endswith(f"{kind}.0") else None, **style
-            )
+            panel.plot([s * scale for s in steps], [at_15(e, "ppl_masked") for e in log], **style)
     for panel, title in zip(panels, titles):
         panel.set(xlabel=title, yscale="log")
-        panel.grid(alpha=0.3, which="both")
+        panel.grid(alpha=0.3)
+        panel.minorticks_off()
+        ticks = [30, 40, 50, 70, 100, 150, 200, 300, 500]
+        panel.set_yticks(ticks, ticks)
     panels[0].set_ylabel("masked perplexity at 15%")
     panels[0].legend()
     canvas.savefig(HERE / f"evidence/{setting}.svg", dpi=120)
