@@ -969,7 +969,7 @@ BAD = {
         ("--data no", "no/meta.json"), ("--data short", "short/train"), ("--data ids", "ids/train.bin"),
         ("--seq_len 5000", "val.bin: no row"), ("--n_positions 8", "--seq_len 16"), ("--init bert", "bert/"),
         ("--dropout 1", "dropout is 1"), ("--mask_rate 2", "mask_rate is 2"), ("--eval_only", "--eval_only"),
-        ("--mask_rate 0", "mask_rate is 0"), ("--strategy 0.8 0.1 0.2", "strategy"), ("--out run", "run/ckpt"),
+        ("--mask_rate 0", "mask_rate is 0"), ("--strategy 0.8 0.1 0.2", "strategy"), ("--out run", "run/"),
         ("--n_embd 30", "n_embd: 30"), ("--device abacus", "--device"), ("--init evil", "evil/pytorch_model"),
     ]),
     ft: ("--init=hf --out=o --glue=glue --task=RTE", [
