@@ -29,12 +29,13 @@ GLUE = ROOT / "data/glue"  # GLUE's folders; the English text of the GPU's setti
 SETTINGS = {
     "cpu": dict(
         text="--val_every 20", steps=4500, lr=1e-3, longer=1.16, threads=1,
-        tasks=("CoLA", "SST-2", "MRPC", "STS-B", "RTE"),
+        tasks=("CoLA", "SST-2", "MRPC", "STS-B", "RTE"), quarter=64, full=256,
         shape="--n_layer 6 --n_embd 256 --norm pre --dropout 0 --seq_len 64 --batch_size 32",
     ),
     "gpu": dict(
         text="--input data/corpus/*.txt --vocab_size 8192", steps=7500, lr=1e-3, longer=1.25,
-        threads=16, tasks=("CoLA", "SST-2", "QQP", "MNLI", "RTE", "MRPC", "STS-B"),  # QQP, MNLI: subsets
+        tasks=("CoLA", "SST-2", "QQP", "MNLI", "RTE", "MRPC", "STS-B"),  # of QQP and MNLI, subsets
+        threads=16, quarter=128, full=512,
         shape="--n_layer 8 --n_embd 512 --norm pre --seq_len 128 --batch_size 256 --micro_batch_size 256",
     ),
 }  # fmt: skip
@@ -73,8 +74,11 @@ RUNS = {  # name: flags besides the setting's. The number after the dot is the s
     # depth and width of the decoder (Tables 2a, 2b)
     "self-40-1-layer.0": f"{SELF} 0.4 --n_layer_dec 1",
     "self-40-4-layers.0": f"{SELF} 0.4 --n_layer_dec 4",
-    "self-40-quarter.0": f"{SELF} 0.4 --n_embd_dec 128",
-    "self-40-full.0": f"{SELF} 0.4 --n_embd_dec 512",
+    "self-40-quarter.0": f"{SELF} 0.4 --n_embd_dec quarter",
+    "self-40-full.0": f"{SELF} 0.4 --n_embd_dec full",
+    # what slows self-50: a narrow decoder, or that [MASK]s come late? "early" has one layer before the [MASK]s
+    "self-50-full.1": f"{SELF} 0.5 --n_embd_dec full",
+    "self-50-early.1": f"{SELF} 0.5 --n_layer 1 --n_layer_dec 6 --n_embd_dec full",
     # norm (section 3.3)
     "self-40-post.0": f"{SELF} 0.4 --norm post",
     "cross-40-post.0": f"{CROSS} 0.4 --norm post",
@@ -93,7 +97,8 @@ def flags_of(name, setting, steps=None):
     share = 0.133 if name.startswith("lr") else s["longer"] if "longer" in name else 1
     steps = steps or round(s["steps"] * share)
     common = f"{s['shape']} {EVERY} --lr {s['lr']} --seed {seed} --max_steps {steps}"
-    return f"--data data/evidence-{setting} {common} {RUNS[name]}"
+    own = RUNS[name].replace("quarter", str(s["quarter"])).replace("full", str(s["full"]))
+    return f"--data data/evidence-{setting} {common} {own}"
 
 
 def pretrain(name, setting, kept):

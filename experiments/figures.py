@@ -106,12 +106,13 @@ def table(runs, setting):
             continue
         config, mine, log = runs[name]
         kind, last = kind_of(name), log[-1]
-        cost = config.max_steps * mine / steps / work
-        clock = config.max_steps * seconds[kind] / steps / seconds["vanilla-15"] if kind in seconds else None
+        cost = last["step"] * mine / steps / work
+        clock = last["step"] * seconds[kind] / steps / seconds["vanilla-15"] if kind in seconds else None
         clock = f"{clock:.2f}" if clock else ""
         values = (at_15(last, "val_loss"), at_15(last, "ppl_masked"), last["ppl_masked"])
         values = " | ".join(f"{x:.3f}" if x < 10 else f"{x:.1f}" for x in values)
-        rows.append(f"| {name} | {config.max_steps:,} | {cost:.2f} | {clock} | {values} |")
+        done = f"{last['step']:,}" + f" of {config.max_steps:,}" * (last["step"] < config.max_steps)
+        rows.append(f"| {name} | {done} | {cost:.2f} | {clock} | {values} |")
     return "\n".join(rows)
 
 
