@@ -76,7 +76,7 @@ RUNS = {  # name: flags besides the setting's. The number after the dot is the s
     "self-40-4-layers.0": f"{SELF} 0.4 --n_layer_dec 4",
     "self-40-quarter.0": f"{SELF} 0.4 --n_embd_dec quarter",
     "self-40-full.0": f"{SELF} 0.4 --n_embd_dec full",
-    # what slows self-50: a narrow decoder, or that [MASK]s come late? "early" has one layer before the [MASK]s
+    # what slows self-50: a narrow decoder, or late [MASK]s? In "early" one layer comes before them
     "self-50-full.1": f"{SELF} 0.5 --n_embd_dec full",
     "self-50-early.1": f"{SELF} 0.5 --n_layer 1 --n_layer_dec 6 --n_embd_dec full",
     # norm (section 3.3)
