@@ -125,10 +125,9 @@ def step_batch(data, config, step, device):
     k, *_ = counts(config.seq_len, config.mask_rate, config.strategy)
     rows = data.batch(step, config.batch_size, config.seq_len, k, config.seed)
     if device.type == "cuda":
-        rows = rows.pin_memory()
+        rows = rows.pin_memory().to(device, non_blocking=True)
     generator = torch.Generator(device).manual_seed(seed_of(config.seed, 2, step))
-    rows = rows.to(device, non_blocking=True)
-    return corrupt(rows, config.mask_rate, config.strategy, vocab=data.vocab, generator=generator)
+    return corrupt(rows.to(device), config.mask_rate, config.strategy, vocab=data.vocab, generator=generator)
 
 
 def backward(model, batch, config, step, machine, scaler):

@@ -27,7 +27,7 @@ from data import counts, parse_flags  # noqa: E402
 HERE = Path(__file__).resolve().parent
 VOCABULARY = dict(cpu=2048, gpu=8192)
 COLOURS = {"vanilla-15": "#1f77b4", "vanilla-50": "#9467bd", "self-50": "#d62728", "self-40": "#ff7f0e",
-           "cross-40": "#2ca02c"}  # fmt: skip
+           "cross-40": "#2ca02c", "self-50-full": "#8c564b"}  # fmt: skip
 
 
 def load(setting):
@@ -68,6 +68,7 @@ def figure(runs, setting):
     seconds = seconds_of(runs, setting)
     titles = ("steps", "FLOPs, of vanilla-15's run", "seconds, of vanilla-15's run")
     base = runs["vanilla-15.0"][0].max_steps, runs["vanilla-15.0"][1]
+    labels = []
     canvas, panels = plt.subplots(1, 3, figsize=(12, 3.8), sharey=True, layout="constrained")
     for name, (_, work, log) in runs.items():
         kind = kind_of(name)
@@ -79,15 +80,16 @@ def figure(runs, setting):
         style = dict(
             color=COLOURS[kind], linestyle=":" if "longer" in name else "-", marker="o", markersize=2.5
         )
-        if name.endswith(".0"):  # one line of the legend for all seeds
-            style["label"] = kind + ", longer" * ("longer" in name)
+        label = kind + ", longer" * ("longer" in name)
+        style["label"] = label if label not in labels else None  # one line of the legend for all seeds
+        labels.append(label)
         for panel, scale in zip(panels, scales):
             panel.plot([s * scale for s in steps], [at_15(e, "ppl_masked") for e in log], **style)
     for panel, title in zip(panels, titles):
         panel.set(xlabel=title, yscale="log")
         panel.grid(alpha=0.3)
         panel.minorticks_off()
-        ticks = [30, 40, 50, 70, 100, 150, 200, 300, 500]
+        ticks = [20, 30, 40, 50, 70, 100, 150, 200, 300, 500]
         panel.set_yticks(ticks, ticks)
     panels[0].set_ylabel("masked perplexity at 15%")
     panels[0].legend()
