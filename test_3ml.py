@@ -528,9 +528,8 @@ def test_division_of_work_changes_nothing(decoder, dropout, corpus, tmp_path):
 
 @ALL_MODELS
 @pytest.mark.parametrize("number", [0, signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_ends_bit_for_bit_as_another(decoder, number, corpus, tmp_path):
-    """Interrupted four times: a signal finishes the step and saves it, an exception loses a step or two.
-    Vanilla MLM without [MASK]s."""
+def test_an_interrupted_run_ends_as_if_uninterrupted(decoder, number, corpus, tmp_path):
+    """To the last bit. A signal finishes the step and saves it; an exception loses a step or two."""
     changes = dict(decoder=decoder, max_steps=7, dropout=0.1, save_every=100 if number else 2)
     changes |= dict(strategy=(0, 0.5, 0.5)) if decoder == "none" else {}
 
@@ -593,6 +592,7 @@ def test_validation_is_the_mean_of_its_tokens(corpus, tmp_path, capsys):
 
 
 def test_recipes_are_table_4():
+    """Table 4's values, Adam's settings, weight decay on matrices alone, and the learning-rate schedule."""
 
     def parsed(*argv):
         return data.parse_flags(train.Config, ["--recipe", *argv], "", train.presets)
