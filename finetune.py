@@ -2,31 +2,30 @@
 
     python finetune.py --task RTE --glue GLUE_DIR --init out/tiny/hf --out out/rte
     python finetune.py --task all --glue GLUE_DIR --init out/x/hf --out out/glue --sweep --predict
-    torchrun --nproc_per_node 8 finetune.py --task all ... --sweep    the runs spread over 8 processes
-    python finetune.py --task mine --glue tasks --init roberta-base/ --out out/mine    a task of your own
+    python finetune.py --task mine --glue tasks --init roberta-base/ --out out/mine
 
---init is the hf/ folder of a train.py run, or any Hugging Face RoBERTa folder. --lr, --batch_size, --epochs
-and --seed take several values, which make a grid; --sweep is Table 5's grid with five seeds. For each seed
-the best run of the grid counts, by the task's score; then the median over the seeds is taken. Every finished
-run is a line of OUT/results.jsonl, so that the same command resumes after the last one. The best model of
-each task is in OUT/TASK/hf, and with --predict the leaderboard's files are in OUT/predictions.
+--init is the hf/ folder of a train.py run, or any Hugging Face RoBERTa folder. --lr, --batch_size,
+--epochs and --seed take several values, which make a grid; --sweep is Table 5's grid with five
+seeds. For each seed the best run of the grid counts, by the task's score; then the median over the
+seeds is taken. A finished run is a line of OUT/TASK/results.jsonl, so the same command resumes
+behind the last one; OUT/TASK/hf is the task's best model, OUT/results.json the summary, and
+OUT/predictions, with --predict, what the leaderboard wants. Tasks may run side by side, one
+process a GPU, with the same --out.
 
-A task of your own is a folder with train.tsv, dev.tsv and, for --predict, test.tsv: tab-separated, with the
-columns sentence1, label and, for pairs, sentence2 named in line 1. This file does not download GLUE or use
-layer-wise learning rates or ensembles.
+A task of your own is a folder with train.tsv, dev.tsv and, for --predict, test.tsv: tab-separated,
+with the columns sentence1, label and, for pairs, sentence2 named in line 1. This file does not
+download GLUE or use layer-wise learning rates or ensembles.
 
 Shapes: B examples of a batch | T tokens of the longest, the others padded | C classes, 1 for regression"""
 
 import itertools
 import json
-import os
+import math
 import statistics
-import time
+import zlib
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,9 +33,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import Vocab, command, fail, load_tokenizer, lock, parse_flags, write
-from model import Classifier, load_pretrained, save_pretrained
-from train import lr_at, make_optimizer, this_machine, update
+from data import Parser, amount, command, count, load_tokenizer
+from model import BOS, EOS, PAD, Classifier, UserError, load_pretrained, save_pretrained, write
+from train import DTYPES, Machine, lr_at, make_optimizer, update
 
 # Metrics of predictions p and labels y, arrays; an undefined metric is 0
 
@@ -74,118 +73,143 @@ METRICS = dict(acc=accuracy, f1=f1, mcc=pearson, pearson=pearson, spearman=spear
 # Tasks
 
 
-@dataclass
-class Task:
-    """A task's columns, classes, metrics and files (in GLUE_DIR/TASK)."""
+class Task(NamedTuple):
+    """Columns, classes, metrics and files of a task."""
 
-    a: str  # the column of the text, or of the first of two
-    b: str | None
+    texts: tuple  # names of the columns of the text, or of the two texts
     label: str
     labels: tuple | None  # names of the classes; None: the labels are numbers
     metrics: tuple
-    train: str = "train.tsv"
     dev: tuple = ("dev.tsv",)
     tests: tuple = ("test.tsv",)
-    answers: tuple = ()  # names of the leaderboard's files, one for each test file
-    header: tuple = ()  # names of the columns, if the train and dev files have no header
-    bad_rows: bool = False  # the official file has malformed rows, which are dropped and counted
+    answers: tuple = ()  # names of the leaderboard's files, one for each test file; (): the task's
+    header: tuple = ()  # names of all columns, where the training and development files have no line 1
+    drop_bad_rows: bool = False  # the official training file has malformed rows
 
 
-S1, S2, BINARY, ENTAILMENT = "sentence1", "sentence2", ("0", "1"), ("entailment", "not_entailment")
+PAIR, BINARY, ENTAILMENT = ("sentence1", "sentence2"), ("0", "1"), ("entailment", "not_entailment")
 TASKS = {
-    "MNLI": Task(S1, S2, "gold_label", ("entailment", "neutral", "contradiction"), ("acc",),
+    "MNLI": Task(PAIR, "gold_label", ("entailment", "neutral", "contradiction"), ("acc",),
                  dev=("dev_matched.tsv", "dev_mismatched.tsv"),
                  tests=("test_matched.tsv", "test_mismatched.tsv", "../diagnostic/diagnostic.tsv"),
                  answers=("MNLI-m", "MNLI-mm", "AX")),
-    "CoLA": Task("sentence", None, "label", BINARY, ("mcc",),
+    "CoLA": Task(("sentence",), "label", BINARY, ("mcc",),
                  header=("source", "label", "mark", "sentence")),
-    "SST-2": Task("sentence", None, "label", BINARY, ("acc",)),
-    "MRPC": Task("#1 String", "#2 String", "Quality", BINARY, ("f1", "acc")),
-    "STS-B": Task(S1, S2, "score", None, ("pearson", "spearman")),
-    "QQP": Task("question1", "question2", "is_duplicate", BINARY, ("f1", "acc"), bad_rows=True),
-    "QNLI": Task("question", "sentence", "label", ENTAILMENT, ("acc",)),
-    "RTE": Task(S1, S2, "label", ENTAILMENT, ("acc",)),
+    "SST-2": Task(("sentence",), "label", BINARY, ("acc",)),
+    "MRPC": Task(("#1 String", "#2 String"), "Quality", BINARY, ("f1", "acc")),
+    "STS-B": Task(PAIR, "score", None, ("pearson", "spearman")),
+    "QQP": Task(("question1", "question2"), "is_duplicate", BINARY, ("f1", "acc"), drop_bad_rows=True),
+    "QNLI": Task(("question", "sentence"), "label", ENTAILMENT, ("acc",)),
+    "RTE": Task(PAIR, "label", ENTAILMENT, ("acc",)),
 }  # fmt: skip
-FROM_MNLI = ("RTE", "STS-B", "MRPC")  # these start from MNLI's model (Table 5)
-GRID = dict(seed=range(5), lr=[1e-5, 3e-5, 5e-5, 8e-5], batch_size=[16, 32], epochs=[3, 5, 10])  # Table 5
+FROM_MNLI = (
+    "RTE",
+    "STS-B",
+    "MRPC",
+)  # these start from MNLI's model, if there is one in --out (Table 5)
+GRID = dict(
+    seed=range(5), lr=[1e-5, 3e-5, 5e-5, 8e-5], batch_size=[16, 32], epochs=[3, 5, 10]
+)  # Table 5
 LARGE_GRID = GRID | dict(lr=[5e-5, 8e-5], batch_size=[32], epochs=[3, 5])  # of MNLI, QQP and QNLI
 AVERAGE = "GLUE's is over all eight; a task's score is the mean of its metrics, MNLI's of m and mm"
 
 
 def read_table(path):
-    """The rows of a tab-separated file as lists of fields. There is no quoting, and only a newline ends a
-    line: sentences contain unbalanced quotes, control characters, U+0085 and U+2028."""
+    """The rows of a tab-separated file as lists of fields. There is no quoting, and only a newline
+    ends a line: sentences contain unbalanced quotes, control characters, U+0085 and U+2028."""
     content = Path(path).read_bytes()
     try:
         lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as e:
-        fail(f"{path}: line {content.count(10, 0, e.start) + 1} is not UTF-8 text")
+        line = content.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}: line {line} is not UTF-8 text") from e
     return [line.removesuffix("\r").split("\t") for line in lines]
 
 
 def read_split(path, task, labelled=True):
-    """(texts, or pairs of texts; class numbers or scores; how many malformed rows were dropped) of a file. A
-    malformed row is an error, except where the official file has some."""
-    rows, has_header = read_table(path), not (task.header and labelled)
-    names = rows.pop(0) if has_header else list(task.header)
-    wanted = [task.a] + [task.b] * bool(task.b) + [task.label] * labelled
+    """(texts, labels) of a file: tuples of one or two texts; an array of class numbers or scores.
+    A malformed row raises UserError, but for the training files that officially have some: those
+    are dropped."""
+    rows = list(enumerate(read_table(path), 1))
+    names = task.header if labelled and task.header else rows.pop(0)[1]
+    wanted = [*task.texts, task.label] if labelled else task.texts
     for name in wanted:
         if name not in names:
-            fail(f"{path}: line 1 names no column {name!r}, only {', '.join(names)}")
+            raise UserError(f"{path}: line 1 names no column {name}, but {str(names)[:200]}")
     texts, labels = [], []
-    for number, row in enumerate(rows, 1 + has_header):
-        if len(row) == len(names):
-            a, *b = (row[names.index(name)].strip() for name in wanted)
-            if labelled:
-                labels.append(read_label(b.pop(), task, f"{path}: line {number}"))
-            texts.append((a, *b) if b else a)
-        elif not task.bad_rows:
-            fail(f"{path}: line {number} has {len(row)} fields, not {len(names)}; fix the file")
+    for number, row in rows:
+        if len(row) != len(names):
+            if task.drop_bad_rows and labelled:
+                continue
+            raise UserError(f"{path}: line {number} has {len(row)} fields, not {len(names)}")
+        fields = [row[names.index(name)].strip() for name in wanted]
+        if labelled:
+            labels.append(read_label(fields.pop(), task, f"{path}: line {number}"))
+        texts.append(tuple(fields))
     if not texts:
-        fail(f"{path}: contains no examples")
-    return texts, np.array(labels), len(rows) - len(texts)
+        raise UserError(f"{path}: contains no examples")
+    return texts, np.array(labels)
 
 
 def read_label(text, task, where):
     """The number of a class, or a score."""
-    with suppress(ValueError):
-        label = task.labels.index(text) if task.labels else float(text)
-        if np.isfinite(label):
-            return label
-    expected = f"one of {', '.join(task.labels)}" if task.labels else "a number"
-    fail(f"{where}: label {text!r} is not {expected}")
+    if task.labels and text in task.labels:
+        return task.labels.index(text)
+    if not task.labels:
+        with suppress(ValueError):
+            if math.isfinite(float(text)):
+                return float(text)
+    expected = f"one of {str(task.labels)[:99]}" if task.labels else "a number"
+    raise UserError(f"{where}: label {text!r} is not {expected}; for numbers, see --regression")
 
 
 def own_task(path, regression):
     """The Task of a training file with columns sentence1, label and, for pairs, sentence2."""
     names, *rows = read_table(path)
-    task = Task(S1, S2 if S2 in names else None, "label", None, ("pearson", "spearman"))
-    if "label" in names and not regression:
-        column, task.metrics = names.index("label"), ("acc",)
-        task.labels = tuple(sorted({row[column].strip() for row in rows if len(row) == len(names)}))
-        if len(task.labels) < 2:
-            fail(f"{path}: only the label {task.labels}, so there is nothing to learn")
-    return task
+    texts = PAIR if "sentence2" in names else PAIR[:1]
+    if regression or "label" not in names:
+        return Task(texts, "label", None, ("pearson", "spearman"))
+    column = names.index("label")
+    labels = sorted({row[column].strip() for row in rows if len(row) == len(names)})
+    if len(labels) < 2 or not all(labels):
+        raise UserError(f"{path}: the labels are {labels}; needs two or more, and no empty one")
+    return Task(texts, "label", tuple(labels), ("acc",))
 
 
 def encode(texts, tokenizer, max_len):
-    """Token ids of every example: <s> a </s>, or <s> a </s></s> b </s>, cut to max_len at the end of the
-    longer text. Returns (list of lists, how many were cut)."""
-    tokenizer.enable_truncation(max_len)
-    encodings = tokenizer.encode_batch(texts)
-    return [e.ids for e in encodings], sum(len(e.overflowing) > 0 for e in encodings)
+    """Token ids of every example: <s> a </s>, or <s> a </s></s> b </s>, cut to max_len at the end
+    of the longer text. Returns (list of lists, how many were cut)."""
+    columns = []
+    for column in zip(*texts):
+        encodings = tokenizer.encode_batch_fast(column, add_special_tokens=False)
+        columns.append([encoding.ids for encoding in encodings])
+    examples, cut = [], 0
+    for a, *rest in zip(*columns):
+        room, b = max_len - 2 - 2 * len(rest), rest[0] if rest else []
+        cut += len(a) + len(b) > room
+        half = (
+            room + (len(a) > len(b))
+        ) // 2  # the odd token is the longer text's, as in transformers
+        a = a[: max(room - len(b), half)]
+        b = b[: room - len(a)]
+        examples.append([BOS, *a, EOS, EOS, *b, EOS] if rest else [BOS, *a, EOS])
+    return examples, cut
+
+
+# One run
 
 
 def pad(examples, device):
     """tokens (B, T) and attention_mask (B, T), False at padding."""
     examples = [torch.tensor(x) for x in examples]
-    tokens = pad_sequence(examples, batch_first=True, padding_value=Vocab.pad).to(device)
-    return tokens, tokens != Vocab.pad
+    tokens = pad_sequence(examples, batch_first=True, padding_value=PAD).to(device)
+    return tokens, tokens != PAD
 
 
 def batches_of(examples, batch_size, rng=None):
-    """Arrays of example numbers. Examples of a batch have similar lengths, so that there is little padding.
-    An rng shuffles the batches, and varies the lengths by a tenth so that other examples come together."""
+    """Arrays of example numbers. Examples of a batch have similar lengths, so that there is little
+    padding. An rng shuffles the batches, and varies the lengths by a tenth so that other examples
+    come together."""
     lengths = np.array([len(x) for x in examples])
     order = np.argsort(lengths * rng.uniform(0.9, 1.1, len(lengths)) if rng else lengths)
     batches = np.split(order, range(batch_size, len(order), batch_size))
@@ -205,12 +229,14 @@ def predict(model, examples, machine, batch_size=64):
 
 
 def fine_tune(model, examples, labels, point, machine, title=""):
-    """Train a Classifier on lists of ids and an array of labels; point: lr, batch_size, epochs, seed."""
+    """Train a Classifier on lists of ids and an array of labels. point: lr, batch_size, epochs,
+    seed."""
     regression, rng = len(model.labels) == 1, np.random.default_rng(point["seed"])
     labels = torch.tensor(labels, dtype=torch.float32 if regression else torch.int64)
-    batches = [b for _ in range(point["epochs"]) for b in batches_of(examples, point["batch_size"], rng)]
-    schedule = SimpleNamespace(lr=point["lr"], max_steps=len(batches), warmup=0.06, weight_decay=0.1)
-    optimizer = make_optimizer(model, schedule)
+    batches = [
+        b for _ in range(point["epochs"]) for b in batches_of(examples, point["batch_size"], rng)
+    ]
+    optimizer = make_optimizer(model, weight_decay=0.1)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
     model.train()
     for step, batch in enumerate(tqdm(batches, title, disable=None, leave=False)):
@@ -220,25 +246,13 @@ def fine_tune(model, examples, labels, point, machine, title=""):
             logits = model(tokens, mask).float()  # (B, C)
         loss = F.mse_loss(logits[:, 0], y) if regression else F.cross_entropy(logits, y)
         scaler.scale(loss).backward()
-        update(optimizer, scaler, lr_at(step, schedule))
+        update(model, optimizer, scaler, lr_at(step, point["lr"], 0.06, len(batches)))
 
 
-def load_examples(name, task, flags, tokenizer):
-    """[(ids, labels) of a task's training file, the same of each development file]."""
-    splits = []
-    for file in (task.train, *task.dev):
-        texts, labels, dropped = read_split(Path(flags.glue, name, file), task)
-        ids, cut = encode(texts, tokenizer, flags.max_len)
-        print(f"{name}/{file}: {len(ids):,} examples, {cut:,} of them cut; {dropped} dropped", flush=True)
-        splits.append((ids, labels))
-    return splits
-
-
-def run_once(title, name, task, splits, point, init, machine):
-    """Fine-tune at one point of the grid and evaluate: (a line of results.jsonl, model)."""
+def run_once(title, task, splits, encoder, config, point, machine):
+    """Fine-tune at one point of the grid and evaluate. Returns (the run's line of results.jsonl,
+    Classifier). splits: (examples, labels) of the training file and of each development file."""
     train, *devs = splits
-    config, encoder = load_pretrained(init)
-    config.dropout = 0.1  # Table 5
     torch.manual_seed(point["seed"])  # the head's weights, and dropout
     model = Classifier(config, len(task.labels or ["score"]))
     model.labels = task.labels or ["score"]
@@ -250,179 +264,188 @@ def run_once(title, name, task, splits, point, init, machine):
         logits = np.nan_to_num(predict(model, examples, machine))
         p = logits.argmax(1) if task.labels else logits[:, 0]
         metrics |= {m + suffix: METRICS[m](p, labels) for m in task.metrics}
-        collapsed |= bool(np.ptp(p) < 1e-3)  # the same answer for all examples
+        collapsed |= bool(np.ptp(p) < 1e-3 < np.ptp(labels))  # one answer for all examples
     score = statistics.mean(metrics.values())
-    line = dict(
-        title=title, task=name, **point, start=str(init), metrics=metrics, score=score, collapsed=collapsed
-    )
-    return line, model
+    return dict(point=point, metrics=metrics, score=score, collapsed=collapsed), model
 
 
 # Many runs
 
 
-def grid(name, flags):
-    """The runs of a task, {title: point}: one, or Table 5's with --sweep, or those of the given flags."""
+def grid(name, args):
+    """The points of a task: one, or Table 5's with --sweep, or those of the given flags."""
     values = dict(seed=[0], lr=[5e-5], batch_size=[32], epochs=[3])
-    if flags.sweep:
+    if args.sweep:
         values = LARGE_GRID if name in ("MNLI", "QQP", "QNLI") else GRID
-    points = itertools.product(*(getattr(flags, x) or values[x] for x in values))
-    title = name + " seed {} lr {} batch_size {} epochs {}"
-    return {title.format(*point): dict(zip(values, point)) for point in points}
+    values = {flag: getattr(args, flag) or default for flag, default in values.items()}
+    return [dict(zip(values, point)) for point in itertools.product(*values.values())]
 
 
-def read_results(flags):
-    """{title: run} of the lines of results.jsonl. Runs with other settings in it are an error."""
-    path, results = Path(flags.out) / "results.jsonl", {}
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        try:
-            run = json.loads(line)
-        except ValueError:
-            fail(f"{path}: line {number} is damaged; delete it to repeat that run")
-        for name, value in run["settings"].items():
-            if getattr(flags, name) != value:
-                fail(f"--{name}: the runs in {path} have {value}; choose another --out")
-        results[run["title"]] = run
-    return results
+def fingerprints(encoder, files):
+    """What results belong to: the CRC-32 of an encoder's weights, and of the task's files."""
+    weights = texts = 0
+    for p in encoder.state_dict().values():
+        weights = zlib.crc32(p.numpy(), weights)
+    for file in files:
+        texts = zlib.crc32(file.read_bytes(), texts)
+    return dict(encoder=weights, texts=texts)
 
 
-def record(run, model, flags):
-    """Append a run to results.jsonl, after saving its model if it is the task's best so far."""
-    with lock(flags.out, wait=True):  # processes that share a sweep take turns
-        rivals = [r for r in read_results(flags).values() if r["task"] == run["task"]]
-        if all((r["collapsed"], -r["score"]) > (run["collapsed"], -run["score"]) for r in rivals):
-            save_pretrained(model, Path(flags.out, run["task"], "hf"), Path(flags.init, "tokenizer.json"))
-        with open(Path(flags.out) / "results.jsonl", "a") as f:
-            f.write(json.dumps(run) + "\n")
-    notes = " collapsed" * run["collapsed"] + f" from {run['start']}" * (run["start"] != flags.init)
-    print(f"{run['title']}: {percent(run['metrics'])}{notes}", flush=True)
+def read_results(path, settings):
+    """The runs of a results.jsonl. Raises UserError if they were made with other settings."""
+    try:
+        runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if any(run["settings"] != settings for run in runs):
+            raise ValueError("its runs had another encoder, other texts, --max_len or --regression")
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: cannot be added to ({e}); choose another --out") from e
+    return runs
 
 
-def wait_for(names, flags):
-    """Wait until results.jsonl has all runs of these tasks, which other processes may still be making."""
-    while not {title for name in names for title in grid(name, flags)} <= read_results(flags).keys():
-        time.sleep(5)
-
-
-def start_of(name, tasks, flags):
-    """The folder that a task's runs start from: MNLI's best model for three tasks, if there is one."""
-    parent = Path(flags.out, "MNLI", "hf")
-    if name not in FROM_MNLI:
-        return flags.init
-    if "MNLI" in tasks:
-        wait_for(["MNLI"], flags)
-    return parent if parent.exists() else flags.init
+def run_task(name, task, args, tokenizer, machine):
+    """Make the runs of a task that are not yet in its results.jsonl."""
+    start, mnli, out = args.init, Path(args.out, "MNLI", "hf"), Path(args.out, name)
+    if name in FROM_MNLI and mnli.exists():
+        start = mnli
+    config, encoder = load_pretrained(start)
+    config.dropout = 0.1  # Table 5
+    files = [Path(args.glue, name, file) for file in ("train.tsv", *task.dev)]
+    settings = fingerprints(encoder, files)
+    settings |= dict(max_len=args.max_len, regression=args.regression)
+    runs, splits = read_results(out / "results.jsonl", settings), []
+    for file in files:
+        texts, labels = read_split(file, task)
+        examples, cut = encode(texts, tokenizer, args.max_len)
+        print(f"{file}: {len(examples):,} examples, {cut:,} of them cut", flush=True)
+        splits.append((examples, labels))
+    for point in grid(name, args):
+        if any(run["point"] == point for run in runs):
+            continue
+        title = f"{name} " + " ".join(f"{flag} {value}" for flag, value in point.items())
+        run, model = run_once(title, task, splits, encoder, config, point, machine)
+        if all((x["collapsed"], -x["score"]) > (run["collapsed"], -run["score"]) for x in runs):
+            save_pretrained(model, out / "hf", Path(args.init, "tokenizer.json"))
+        runs.append(run | dict(start=str(start), settings=settings))
+        write(out / "results.jsonl", "".join(json.dumps(x) + "\n" for x in runs).encode())
+        print(f"{title}: {percent(run['metrics'])}{' collapsed' * run['collapsed']}", flush=True)
 
 
 def summarize(runs):
-    """Per task: for each seed the best run of the grid by score; over the seeds, the median and the range."""
-    summary = {}
-    for name in dict.fromkeys(run["task"] for run in runs):
-        mine = sorted((run for run in runs if run["task"] == name), key=lambda run: run["score"])
-        best = list({run["seed"]: run for run in mine}.values())  # the last one of each seed
-        scores = [run["score"] for run in best]
-        metrics = {m: statistics.median(run["metrics"][m] for run in best) for m in best[0]["metrics"]}
-        summary[name] = dict(
-            score=statistics.median(scores), range=[min(scores), max(scores)], metrics=metrics,
-            seeds=len(best), runs=len(mine), collapsed=sum(run["collapsed"] for run in mine))  # fmt: skip
-    return summary
+    """Of a task's runs: for each seed the best of the grid by score; over the seeds, the median."""
+    runs = sorted(runs, key=lambda run: run["score"])
+    best = list({run["point"]["seed"]: run for run in runs}.values())  # the last one of each seed
+    scores = [run["score"] for run in best]
+    metrics = {m: statistics.median(run["metrics"][m] for run in best) for m in best[0]["metrics"]}
+    return dict(
+        score=statistics.median(scores), min=min(scores), max=max(scores), metrics=metrics,
+        seeds=len(best), runs=len(runs), collapsed=sum(run["collapsed"] for run in runs))  # fmt: skip
 
 
 def percent(metrics):
     return "  ".join(f"{m} {100 * v:.1f}" for m, v in metrics.items())
 
 
-def print_table(summary):
-    """As Table 3, in percent: the median and the range of the score over the seeds, then every metric."""
+def report(out):
+    """Write results.json from the results of all tasks in a folder, and print it as Table 3
+    does."""
+    summary = {}
+    for path in sorted(out.glob("*/results.jsonl")):
+        summary[path.parent.name] = summarize(
+            [json.loads(x) for x in path.read_text().splitlines()]
+        )
     for name, s in summary.items():
-        score = percent(dict(score=s["score"], min=s["range"][0], max=s["range"][1]))
+        score = percent({key: s[key] for key in ("score", "min", "max")})
         numbers = f"seeds {s['seeds']}  runs {s['runs']}  collapsed {s['collapsed']}"
         print(f"{name:<7}{score}  {numbers}  {percent(s['metrics'])}")
+    average = statistics.mean(s["score"] for s in summary.values())
+    results = dict(summary=summary, average=average, definition=AVERAGE)
+    write(out / "results.json", json.dumps(results, indent=1).encode())
+    print(f"average of {len(summary)} tasks: {100 * average:.1f} ({AVERAGE})")
 
 
-def write_predictions(name, task, flags, tokenizer, machine):
-    """Predict a task's test files with its best model: `index<TAB>prediction`, index from 0, the names of the
-    classes or a number (for STS-B from 0 to 5)."""
+def write_predictions(name, task, args, tokenizer, machine):
+    """Predict a task's test files with its best model: `index<TAB>prediction`, index from 0, the
+    names of the classes or a number (for STS-B from 0 to 5)."""
+    model = load_pretrained(Path(args.out, name, "hf"), len(task.labels or ["score"]))[1]
+    model.to(machine.device)
     for test, answers in zip(task.tests, task.answers or [name]):
-        path, folder = Path(flags.glue, name, test), Path(flags.out, name, "hf")
-        answers = Path(flags.out, "predictions", f"{answers}.tsv")
-        if missing := [str(x) for x in (folder, path) if not x.exists()]:
-            print(f"{missing[0]} is missing, so there is no {answers}")
+        path, answers = Path(args.glue, name, test), Path(args.out, "predictions", f"{answers}.tsv")
+        if not path.exists():
+            print(f"{path} is missing, so there is no {answers}")
             continue
-        model = load_pretrained(folder, len(task.labels or ["score"]))[1].to(machine.device)
-        texts, *_ = read_split(path, task, labelled=False)
-        logits = predict(model, encode(texts, tokenizer, flags.max_len)[0], machine)
-        scores = logits[:, 0].clip(0, 5) if name == "STS-B" else logits[:, 0]
-        predictions = [f"{x:.3f}" for x in scores]
+        texts, _ = read_split(path, task, labelled=False)
+        logits = predict(model, encode(texts, tokenizer, args.max_len)[0], machine)
         if task.labels:
             predictions = [task.labels[i] for i in logits.argmax(1)]
-        write(answers, "index\tprediction\n" + "".join(f"{i}\t{x}\n" for i, x in enumerate(predictions)))
-        print(f"{answers}: {len(predictions):,} predictions")
+        else:
+            scores = logits[:, 0].clip(0, 5) if name == "STS-B" else logits[:, 0]
+            predictions = [f"{x:.3f}" for x in scores]
+        rows = [f"{i}\t{x}\n" for i, x in enumerate(predictions)]
+        write(answers, "".join(["index\tprediction\n", *rows]).encode())
+        print(f"{answers}: {len(rows):,} predictions")
 
 
 # The command
 
 
-@dataclass
-class Flags:
-    task: str  # a folder in --glue: a GLUE task or one of your own; all: GLUE's whose files are there
-    glue: str  # folder with GLUE's folders CoLA, SST-2, ..., or with your own
-    init: str  # Hugging Face RoBERTa folder to start from
-    out: str  # folder for results and models
-    lr: list[float] = None  # peak learning rates (default: 5e-5)
-    batch_size: list[int] = None  # examples of a step (default: 32)
-    epochs: list[int] = None  # passes over the training file (default: 3)
-    seed: list[int] = 0  # seeds of head, order and dropout
-    sweep: bool = False  # Table 5's grid and five seeds for what is not given
-    max_len: int = None  # tokens of an example (default: 128, or the encoder's n_positions if fewer)
-    predict: bool = False  # predict the test files, as the leaderboard wants them
-    regression: bool = False  # the labels of your own task are numbers
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision
-
-
-def find_tasks(flags):
-    """{name: Task} of what is to be done."""
-    tasks = {}
-    for name in TASKS if flags.task == "all" else [flags.task]:
-        path = Path(flags.glue, name, "train.tsv")
-        if path.is_file():
-            tasks[name] = TASKS.get(name) or own_task(path, flags.regression)
-        else:
-            print(f"{path} is missing")
-    return tasks or fail(f"--glue {flags.glue}: has no {flags.task}/train.tsv")
-
-
 @command
 def main(argv):
-    flags = parse_flags(Flags, argv, __doc__)
-    shape, _ = load_pretrained(flags.init)
-    tokenizer, _ = load_tokenizer(Path(flags.init) / "tokenizer.json")
-    flags.max_len = flags.max_len or min(128, shape.n_positions)
-    if not 8 <= flags.max_len <= shape.n_positions:
-        fail(f"--max_len {flags.max_len}: must be from 8 to {shape.n_positions}, the encoder's positions")
-    tasks, machine = find_tasks(flags), this_machine("auto", flags.dtype)
-    settings = {name: getattr(flags, name) for name in ("init", "glue", "max_len", "regression")}
-    # From here on, each process has work of its own and reports its own errors.
-    os.environ["LOCAL_RANK"] = "0"
-    for name, task in tasks.items():
-        points, done = grid(name, flags), read_results(flags)
-        todo = [title for title in list(points)[machine.rank :: machine.world] if title not in done]
-        splits = load_examples(name, task, flags, tokenizer) if todo else None
-        for title in todo:
-            init = start_of(name, tasks, flags)
-            run, model = run_once(title, name, task, splits, points[title], init, machine)
-            record(run | dict(settings=settings), model, flags)
-    if machine.rank == 0:
-        wait_for(tasks, flags)
-        runs = list(read_results(flags).values())
-        summary = summarize(runs)
-        average = statistics.mean(s["score"] for s in summary.values())
-        results = dict(summary=summary, average=average, definition=AVERAGE, runs=runs)
-        write(Path(flags.out) / "results.json", json.dumps(results, indent=1))
-        print_table(summary)
-        print(f"average of {len(summary)} tasks: {100 * average:.1f} ({AVERAGE})")
-        for name in tasks if flags.predict else []:
-            write_predictions(name, tasks[name], flags, tokenizer, machine)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--task",
+        required=True,
+        help="a folder in --glue: GLUE's or your own; all: GLUE's that are there",
+    )
+    add(
+        "--glue",
+        required=True,
+        help="folder with GLUE's folders CoLA, SST-2, ..., or with your own",
+    )
+    add("--init", required=True, help="Hugging Face RoBERTa folder to start from")
+    add("--out", required=True, help="folder for results and models")
+    add("--lr", type=amount, nargs="+", help="peak learning rates; None: 5e-5")
+    add("--batch_size", type=count, nargs="+", help="examples of a step; None: 32")
+    add("--epochs", type=count, nargs="+", help="passes over the training file; None: 3")
+    add("--seed", type=int, nargs="+", help="seeds of head, order and dropout; None: 0")
+    add("--sweep", action="store_true", help="Table 5's grid and five seeds for what is not given")
+    add(
+        "--max_len",
+        type=count,
+        help="tokens of an example; None: 128, or the encoder's fewer positions",
+    )
+    add(
+        "--predict",
+        action="store_true",
+        help="predict the test files, as the leaderboard wants them",
+    )
+    add("--regression", action="store_true", help="the labels of your own task are numbers")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="precision of matrix products")
+    args = parser.parse_args(argv)
+    config, _ = load_pretrained(args.init)
+    tokenizer, V = load_tokenizer(Path(args.init, "tokenizer.json"))
+    if V > config.vocab_size:
+        raise UserError(
+            f"{args.init}: tokenizer.json has {V} words, the encoder only {config.vocab_size}"
+        )
+    args.max_len = args.max_len or min(128, config.n_positions)
+    if not 8 <= args.max_len <= config.n_positions:
+        raise UserError(
+            f"--max_len {args.max_len}: must be from 8 to the encoder's {config.n_positions}"
+        )
+    machine, found = Machine(dtype=args.dtype), False
+    for name in TASKS if args.task == "all" else [args.task]:
+        path = Path(args.glue, name, "train.tsv")
+        if not path.exists():
+            print(f"{path} is missing")
+            continue
+        task, found = TASKS.get(name) or own_task(path, args.regression), True
+        run_task(name, task, args, tokenizer, machine)
+        if args.predict:
+            write_predictions(name, task, args, tokenizer, machine)
+    if not found:
+        raise UserError(f"--glue {args.glue}: contains no {args.task}/train.tsv")
+    report(Path(args.out))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Appendix D of the paper as code: the FLOPs of vanilla MLM and of 3ML, and the speed-ups they yield.
+"""Appendix D of the paper as code: the FLOPs of vanilla MLM and of 3ML, and the speed-ups they
+yield.
 
     python flops.py        Table 3's speed-ups beside the paper's, and the curve of Figure 5
 
-A multiply-add counts as two. Biases, activations, LayerNorm, softmax, dropout and the embedding look-up are
-left out (they are under 1%). Symbols (Table 6): b batch size, u updates, l layers, n sequence length, d
-width, r masking rate, V vocabulary; _en encoder, _de decoder. The formulas take r as a real number, as the
-paper does; `forward` takes a real batch's whole numbers of tokens, and is torch's FlopCounterMode exactly.
+A multiply-add counts as two. Biases, activations, LayerNorm, softmax, dropout and the embedding
+look-up are left out (they are under 1%). Symbols (Table 6): b batch size, u updates, l layers, n
+sequence length, d width, r masking rate, V vocabulary; _en encoder, _de decoder. The formulas take
+r as a real number, as the paper does; `forward` takes a real batch's whole numbers of tokens, and
+is torch's FlopCounterMode exactly.
 
-Where the paper's print and its own sums disagree, this file follows the sums: phi_out is printed 2n^2d, but
-8nd^2 + 4n^2d needs 2nd^2; Eq. 4's last term belongs inside the bracket of 2bu(...), as in Eq. 2 and 3; and in
-"n_de = 0.8nr and n_de = (1 - 0.8r)n" the second is n_en."""
-
-import argparse
+Where the paper's print and its own sums disagree, this file follows the sums: phi_out is printed
+2n^2d, but 8nd^2 + 4n^2d needs 2nd^2; Eq. 4's last term belongs inside the bracket of 2bu(...), as
+in Eq. 2 and 3; and in "n_de = 0.8nr and n_de = (1 - 0.8r)n" the second is n_en."""
 
 
 def msa(n, d):
@@ -49,48 +49,60 @@ def prediction_projected(n, r, d_en, d_de, V):
     return 2 * n * r * (d_de * d_en + d_en * V)
 
 
-def row(decoder, n, n_masked, k, l_en, l_de, d_en, d_de, V):
-    """Forward pass of one row, of which n_masked tokens are [MASK] and k are predicted: the brackets of Eq. 2
-    ("none", vanilla MLM), Eq. 3 ("self") and Eq. 4 ("cross")."""
-    if decoder == "none":
-        return l_en * block(n, d_en) + prediction(k, 1, d_en, V)
-    n_en = n - n_masked
-    encoder = l_en * block(n_en, d_en) + (2 * n_en * d_en * d_de if d_en != d_de else 0)
-    if decoder == "self":
-        return encoder + l_de * block(n, d_de) + prediction_projected(k, 1, d_en, d_de, V)
-    visible = prediction(k - n_masked, 1, d_en, V)  # the replaced and unchanged tokens
-    masks = l_de * cross_block(n_en, n_masked, d_de) + prediction_projected(n_masked, 1, d_en, d_de, V)
-    return encoder + masks + visible
+def bridge(n_en, d_en, d_de):
+    """The layer between the widths of encoder and decoder; there is none where these are equal."""
+    return 2 * n_en * d_en * d_de if d_en != d_de else 0
 
 
-def forward(config, n, n_masked, k):
-    """Forward FLOPs of one row of n tokens, of which n_masked are [MASK] and k are predicted, through a
-    model.MaskedLM of this model.ModelConfig: exactly those of its matrix products."""
-    shape = (config.n_layer, config.n_layer_dec, config.n_embd, config.n_embd_dec, config.vocab_size)
-    return row(config.decoder, n, n_masked, k, *shape)
-
-
-# A training run. Forward and backward count as 2 x forward, as in the paper; for ratios it does not matter.
+# A training run. Forward and backward count as 2 x forward, as in the paper; for ratios this does not
+# matter. n_masked, the [MASK]s of a row, is 0.8rn unless given.
 
 
 def roberta(b, u, l, n, d, r, V):
     """Eq. 2: vanilla MLM, all n tokens through the encoder."""
-    return 2 * b * u * row("none", n, 0, r * n, l, 0, d, d, V)
+    return 2 * b * u * (l * block(n, d) + prediction(n, r, d, V))
 
 
-def three_ml_self(b, u, l_en, l_de, n, d_en, d_de, r, V):
+def three_ml_self(b, u, l_en, l_de, n, d_en, d_de, r, V, n_masked=None):
     """Eq. 3: 3MLself."""
-    return 2 * b * u * row("self", n, 0.8 * r * n, r * n, l_en, l_de, d_en, d_de, V)
+    n_en = n - (0.8 * r * n if n_masked is None else n_masked)
+    encoder = l_en * block(n_en, d_en) + bridge(n_en, d_en, d_de)
+    decoder = l_de * block(n, d_de) + prediction_projected(n, r, d_en, d_de, V)
+    return 2 * b * u * (encoder + decoder)
 
 
-def three_ml_cross(b, u, l_en, l_de, n, d_en, d_de, r, V):
-    """Eq. 4: 3MLcross; the 0.2rn replaced and unchanged tokens are predicted after the encoder."""
-    return 2 * b * u * row("cross", n, 0.8 * r * n, r * n, l_en, l_de, d_en, d_de, V)
+def three_ml_cross(b, u, l_en, l_de, n, d_en, d_de, r, V, n_masked=None):
+    """Eq. 4: 3MLcross; the replaced and unchanged tokens are predicted behind the encoder."""
+    n_de = 0.8 * r * n if n_masked is None else n_masked
+    n_en = n - n_de
+    encoder = l_en * block(n_en, d_en) + bridge(n_en, d_en, d_de)
+    visible = prediction(n_en, (r * n - n_de) / n_en, d_en, V)
+    decoder = l_de * cross_block(n_en, n_de, d_de) + prediction_projected(n_de, 1, d_en, d_de, V)
+    return 2 * b * u * (encoder + visible + decoder)
+
+
+FORMULAS = {"self": three_ml_self, "cross": three_ml_cross}
+
+
+def forward(config, n, n_masked, k):
+    """Forward FLOPs of one row of n tokens, of which n_masked are [MASK] and k are predicted,
+    through a model.MaskedLM of this model.ModelConfig: exactly those of its matrix products. None
+    if no formula is known for its decoder; a new one needs an entry of FORMULAS."""
+    c, r = config, k / n
+    if c.decoder == "none":
+        return round(roberta(1, 0.5, c.n_layer, n, c.n_embd, r, c.vocab_size))
+    if c.decoder not in FORMULAS:
+        return None
+    shape = (c.n_layer, c.n_layer_dec, n, c.n_embd, c.n_embd_dec)
+    return round(FORMULAS[c.decoder](1, 0.5, *shape, r, c.vocab_size, n_masked))
 
 
 # The table
 
-SIZES = {"large": (4096, 128, 24, 1024), "base": (2048, 512, 12, 768)}  # batch, row length, layers, width
+SIZES = {
+    "large": (4096, 24, 128, 1024),
+    "base": (2048, 12, 512, 768),
+}  # rows, layers, row length, width
 TABLE_3 = (  # name, size, decoder, masking rate, updates, the paper's speed-up
     ("24hBERT-15%", "large", "none", 0.15, 23_000, 1.00),
     ("24hBERT-40%", "large", "none", 0.40, 23_000, 1.00),
@@ -108,25 +120,30 @@ TABLE_3 = (  # name, size, decoder, masking rate, updates, the paper's speed-up
 
 def run(size, decoder, r, u):
     """FLOPs of a run of Table 3, as the paper counts them."""
-    b, n, l, d = SIZES[size]
+    b, l, n, d = SIZES[size]
     if decoder == "none":
         return roberta(b, u, l, n, d, r, 50265)
-    formula = {"self": three_ml_self, "cross": three_ml_cross}[decoder]
-    return formula(b, u, l, 2, n, d, d // 2, r, 50265)
+    return FORMULAS[decoder](b, u, l, 2, n, d, d // 2, r, 50265)
 
 
-def main(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args(argv)
+def main():
     print("Table 3: speed-up over vanilla MLM at 15%")
     print(f"{'model':<20}{'size':<7}{'updates':>8}{'ours':>7}{'paper':>7}")
-    baseline = dict(large=run("large", "none", 0.15, 23_000), base=run("base", "none", 0.15, 125_000))
+    baseline = {
+        "large": run("large", "none", 0.15, 23_000),
+        "base": run("base", "none", 0.15, 125_000),
+    }
     for name, size, decoder, r, u, paper in TABLE_3:
-        print(f"{name:<20}{size:<7}{u:>8,}{baseline[size] / run(size, decoder, r, u):>7.2f}{paper:>7.2f}")
-    print("\nFigure 5: speed-up of the large models over vanilla MLM at 15%\nrate   3MLself  3MLcross")
+        ours = baseline[size] / run(size, decoder, r, u)
+        print(f"{name:<20}{size:<7}{u:>8,}{ours:>7.2f}{paper:>7.2f}")
+    print(
+        "\nFigure 5: speed-up of the large models over vanilla MLM at 15%\nrate   3MLself  3MLcross"
+    )
     for percent in range(15, 85, 5):
-        runs = [run("large", decoder, percent / 100, 23_000) for decoder in ("self", "cross")]
-        print(f"{percent}%  {baseline['large'] / runs[0]:>8.2f}{baseline['large'] / runs[1]:>10.2f}")
+        ours = [
+            baseline["large"] / run("large", x, percent / 100, 23_000) for x in ("self", "cross")
+        ]
+        print(f"{percent}%  {ours[0]:>8.2f}{ours[1]:>10.2f}")
 
 
 if __name__ == "__main__":

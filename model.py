@@ -1,72 +1,138 @@
-"""The models of "Mask More and Mask Later" (3ML): one encoder, and three ways to predict masked tokens.
+"""The whole method of "Mask More and Mask Later" (3ML): from a row of tokens to its losses.
 
-  * decoder="self"   3MLself (section 2.2, Figure 2 left): [MASK]s join the latents in a small decoder
-  * decoder="cross"  3MLcross (Figure 2 right): [MASK]s attend to the latents in a small decoder
-  * decoder="none"   vanilla MLM (BERT, RoBERTa, 24hBERT): [MASK]s go through the encoder; the baseline
+A vanilla masked language model sends [MASK]s, which carry no word, through all of its layers. 3ML's
+encoder reads a row without them; a small decoder brings them back and predicts. In reading order:
 
-    python -c "import model; print(model.MaskedLM(model.ModelConfig(n_layer=2, n_embd=128)))"
+    counts, corrupt     which tokens become [MASK], which are replaced, which are predicted
+    Attention, Block    an ordinary Transformer block, with cross-attention for 3MLcross
+    Encoder             RoBERTa's encoder: what is kept after pre-training
+    SelfDecoder         3MLself: the [MASK]s join the latents (section 2.2, Figure 2 left)
+    CrossDecoder        3MLcross: the [MASK]s look at the latents (section 2.2, Figure 2 right)
+    NoDecoder           vanilla MLM, the baseline: the [MASK]s went through the encoder
+    MaskedLM            encoder, decoder and prediction head
 
-The classifier for fine-tuning, and Hugging Face folders, in and out, are at the end. This file does not
-corrupt text (data.corrupt does), and does not deal with devices or optimizers (train.py does).
+    batch = corrupt(torch.randint(4, 999, (8, 64)), 0.5, vocab_size=1000, mask_id=999)
+    losses = MaskedLM(ModelConfig(vocab_size=1000, n_layer=2))(batch)  # (8, 31), near ln 1000 = 6.9
 
-Shapes: B rows of a batch | n tokens of a row | n_m [MASK]s | n_en tokens that 3ML's encoder sees, n - n_m
-        k tokens to predict | d_en, d_de widths of encoder and decoder | V vocabulary
-        T, S any number of tokens | h, hs attention heads and their size"""
+Then follow the classifier for fine-tuning, and Hugging Face folders, out and in. Text is data.py's
+business, devices and optimizers are train.py's.
+
+Shapes: B rows of a batch | n tokens of a row | n_m of them [MASK] | n_en = n - n_m, the others
+        k tokens of a row to predict | d_en, d_de widths of encoder and decoder | V vocabulary size
+        T, S any number of tokens, d any width | h attention heads of size hs, d = h * hs"""
 
 import json
+import os
+import pickle
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, atomic, write
+BOS, PAD, EOS, UNK = 0, 1, 2, 3  # RoBERTa's <s> <pad> </s> <unk>; <mask> differs by tokenizer
+
+
+class UserError(ValueError):
+    """Something that the user can put right. The scripts print it as one line, without a
+    traceback."""
+
+
+# Corruption
+
+
+class Corrupted(NamedTuple):
+    """A batch of rows as MaskedLM takes it. All but n_replaced are int64 tensors."""
+
+    inputs: torch.Tensor  # (B, n) tokens, with [MASK]s and random words in place
+    kept: torch.Tensor  # (B, n_en) positions that are not [MASK], ascending
+    masked: torch.Tensor  # (B, n_m) positions that are [MASK], ascending
+    predict: torch.Tensor  # (B, k) positions of masked, replaced, unchanged, each ascending
+    labels: torch.Tensor  # (B, k) the original tokens there
+    n_replaced: int  # so predict is n_m masked, n_replaced replaced, and the unchanged positions
+
+
+def counts(n, rate, strategy=(0.8, 0.1, 0.1)):
+    """(k, n_m, n_replaced) of a row of n tokens: how many are predicted, and how many of those are
+    [MASK] and random words. strategy: the shares of [MASK], random and unchanged among the
+    predicted (Table 2c).
+
+    They are the same for every row. So every batch has the same shapes: no padding, no attention
+    mask, one compiled graph; and the mean loss of a batch is exactly the mean over its
+    micro-batches and processes. (fairseq draws for each token, so that its counts vary.) Raises
+    UserError for impossible values."""
+    if len(strategy) != 3 or min(strategy) < 0 or abs(sum(strategy) - 1) > 1e-6:
+        raise UserError(f"strategy is {strategy}, must be three shares that sum to 1")
+    k = round(rate * (n - 2))  # <s> and </s> are never predicted
+    if not 1 <= k <= n - 2:
+        raise UserError(f"mask_rate is {rate}: {k} of a row's {n - 2} tokens would be predicted")
+    n_m = round(strategy[0] * k)
+    return k, n_m, round((strategy[0] + strategy[1]) * k) - n_m
+
+
+def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab_size, mask_id, generator=None):
+    """Choose k tokens of each row to predict: n_m become [MASK], n_replaced a random word, the
+    rest stay.
+
+    tokens (B, n) int64 -> Corrupted, on the device of tokens. Special tokens are neither chosen
+    nor drawn; only in a row with fewer than k ordinary tokens are some of them chosen too. Raises
+    UserError (counts)."""
+    k, n_m, n_replaced = counts(tokens.size(1), rate, strategy)
+    special = (tokens <= UNK) | (tokens == mask_id)  # (B, n)
+    # Sorting noise puts a row's positions in random order, its special tokens behind the others.
+    noise = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+    order = noise.masked_fill(special, 2.0).argsort(dim=1)  # (B, n)
+    masked = order[:, :n_m].sort().values
+    replaced = order[:, n_m : n_m + n_replaced].sort().values
+    unchanged = order[:, n_m + n_replaced : k].sort().values
+    kept = order[:, n_m:].sort().values  # replaced and unchanged tokens stay in the encoder's row
+
+    words = torch.empty_like(replaced).random_(UNK + 1, vocab_size - 1, generator=generator)
+    words += words >= mask_id  # any word but <mask>
+    inputs = tokens.scatter(1, masked, mask_id).scatter(1, replaced, words)
+    predict = torch.cat([masked, replaced, unchanged], dim=1)
+    return Corrupted(inputs, kept, masked, predict, tokens.gather(1, predict), n_replaced)
+
+
+# The Transformer
 
 
 @dataclass
 class ModelConfig:
-    """The shape of a model; vocab_size is V. Raises UserError if the fields do not fit together."""
+    """The shape of a model. Raises UserError if its fields do not fit together."""
 
-    vocab_size: int = 50265
-    n_positions: int = 512  # longest row that the model can take
+    vocab_size: int = 50265  # V; RoBERTa's
+    n_positions: int = 512  # the longest row that the model can take
     n_layer: int = 12  # layers of the encoder
-    n_embd: int = 768  # width of the encoder; the MLP is 4 times as wide
+    n_embd: int = 768  # d_en, the encoder's width; the MLP is 4 times as wide
     head_size: int = 64  # size of an attention head, in encoder and decoder
-    decoder: Literal["self", "cross", "none"] = "self"  # 3ML's decoder; none is vanilla MLM
+    decoder: str = "self"  # a key of DECODERS
     n_layer_dec: int = 2  # layers of the decoder (Table 2a)
-    n_embd_dec: int = None  # width of the decoder (default: half of n_embd, Table 2b)
-    norm: Literal["post", "pre"] = None  # place of LayerNorm (default: pre for cross, else post)
-    dropout: float = 0.1  # dropout of hidden states and attention weights
+    n_embd_dec: int | None = None  # d_de, the decoder's width; None: half of n_embd (Table 2b)
+    norm: str | None = None  # "pre" or "post" LN; None: pre for cross, else post (section 3.3)
+    dropout: float = 0.1  # of hidden states and attention weights
 
     def __post_init__(self):
         self.n_embd_dec = self.n_embd_dec or self.n_embd // 2
-        self.norm = self.norm or ("pre" if self.decoder == "cross" else "post")  # section 3.3
-        if self.dropout >= 1:
-            raise UserError(f"dropout is {self.dropout}, must be below 1")
-        for name in ["n_embd"] if self.decoder == "none" else ["n_embd", "n_embd_dec"]:
-            if getattr(self, name) % self.head_size:
-                raise UserError(f"{name}: {getattr(self, name)} is no multiple of head_size {self.head_size}")
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout, but three times as fast on a CPU: each random number decides about four elements."""
-
-    def forward(self, x):
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return super().forward(x)
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        keep = bits[: x.numel()].view(x.shape) >= 2**16 * self.p - 2**15
-        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
+        self.norm = self.norm or ("pre" if self.decoder == "cross" else "post")
+        sizes = (self.vocab_size, self.n_positions, self.n_layer, self.n_embd, self.head_size)
+        if min(sizes) < 1 or not 0 <= self.dropout < 1:
+            raise UserError(f"sizes must be at least 1 and dropout below 1 in {self}")
+        for width in [self.n_embd] if self.decoder == "none" else [self.n_embd, self.n_embd_dec]:
+            if width % self.head_size:
+                raise UserError(f"head_size is {self.head_size}, no divisor of the width {width}")
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to itself, or to a memory (3MLcross)."""
+    """Multi-head attention of x to itself, or to a memory."""
 
     def __init__(self, d, config):
         super().__init__()
-        self.head_size, self.drop = config.head_size, Dropout(config.dropout)
+        self.head_size, self.dropout = config.head_size, config.dropout
         self.q, self.k, self.v, self.out = (nn.Linear(d, d) for _ in range(4))
 
     def heads(self, x):  # (B, T, d) -> (B, h, T, hs)
@@ -76,18 +142,14 @@ class Attention(nn.Module):
         """x (B, T, d), memory (B, S, d), mask (B, 1, 1, S) bool, False at padding -> (B, T, d)."""
         memory = x if memory is None else memory
         q, k, v = self.heads(self.q(x)), self.heads(self.k(memory)), self.heads(self.v(memory))
-        p = self.drop.p if self.training else 0.0
-        if p > 0 and x.device.type == "cpu":  # the same as SDPA, but with the faster dropout
-            scores = (q * self.head_size**-0.5) @ k.transpose(-2, -1)  # (B, h, T, S)
-            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-            x = self.drop(scores.softmax(-1)) @ v  # (B, h, T, hs)
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)  # (B, h, T, hs)
-        return self.out(x.transpose(1, 2).flatten(2))
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out(x.transpose(1, 2).flatten(2))  # (B, h, T, hs) -> (B, T, d)
 
 
 class Block(nn.Module):
-    """A Transformer block: self-attention, attention to a memory if `cross`, MLP; post-LN or pre-LN."""
+    """A Transformer block: self-attention, attention to a memory if `cross`, MLP; each with its
+    residual."""
 
     def __init__(self, d, config, cross=False):
         super().__init__()
@@ -96,26 +158,28 @@ class Block(nn.Module):
         if cross:
             self.cross, self.ln_cross = Attention(d, config), nn.LayerNorm(d)
         self.fc1, self.fc2, self.ln2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d), nn.LayerNorm(d)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
 
     def mlp(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
-    def add(self, x, sublayer, ln, *args):
-        """A sublayer with its residual connection, dropout and LayerNorm."""
-        if self.pre_norm:
-            return x + self.drop(sublayer(ln(x), *args))
-        return ln(x + self.drop(sublayer(x, *args)))
-
     def forward(self, x, memory=None, mask=None):
-        x = self.add(x, self.attn, self.ln1, None, mask)
+        """x (B, T, d), memory (B, S, d) or None, mask of x's padding (B, 1, 1, T) or None -> (B,
+        T, d)."""
+        if self.pre_norm:
+            x = x + self.drop(self.attn(self.ln1(x), mask=mask))
+            if memory is not None:
+                x = x + self.drop(self.cross(self.ln_cross(x), memory))
+            return x + self.drop(self.mlp(self.ln2(x)))
+        x = self.ln1(x + self.drop(self.attn(x, mask=mask)))
         if memory is not None:
-            x = self.add(x, self.cross, self.ln_cross, memory)
-        return self.add(x, self.mlp, self.ln2)
+            x = self.ln_cross(x + self.drop(self.cross(x, memory)))
+        return self.ln2(x + self.drop(self.mlp(x)))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. Pre-LN leaves their output unnormalised, so there it ends in one more LayerNorm."""
+    """A stack of blocks. Pre-LN blocks leave their output unnormalized, so a last LayerNorm
+    follows them."""
 
     def __init__(self, n_layer, d, config, cross=False):
         super().__init__()
@@ -128,8 +192,19 @@ class Transformer(nn.Module):
         return self.ln(x)
 
 
+def init_weights(module):
+    """N(0, 0.02) for embeddings, as in BERT. The matrix of a linear layer with d inputs starts at
+    N(0, 0.02 sqrt(768 / d)): BERT's 0.02 in BERT-base, but 0.05 in a decoder of width 128, which 0.02
+    would leave with little to learn from (experiments/init)."""
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02 * (768 / module.in_features) ** 0.5)
+        nn.init.zeros_(module.bias)
+
+
 class Encoder(nn.Module):
-    """The part that is kept after pre-training: RoBERTa's encoder. Here its tokens need not be adjacent."""
+    """RoBERTa's encoder. In 3ML its tokens need not be neighbours, so their positions are given."""
 
     def __init__(self, config):
         super().__init__()
@@ -137,17 +212,24 @@ class Encoder(nn.Module):
         self.tok = nn.Embedding(config.vocab_size, d)
         self.pos = nn.Embedding(config.n_positions, d)
         self.ln = nn.LayerNorm(d)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
         self.transformer = Transformer(config.n_layer, d, config)
         self.apply(init_weights)
 
     def forward(self, tokens, positions=None, attention_mask=None):
-        """tokens (B, T), their positions (B, T) (None: 0 to T-1), attention_mask (B, T) bool, False where a
-        token is padding (None: no padding) -> latents (B, T, d_en)."""
+        """tokens (B, T); positions (B, T), None: 0 to T - 1; attention_mask (B, T) bool, False at
+        padding, None: no padding -> latents (B, T, d_en)."""
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None, None, :]  # the same for all heads and queries
         x = self.drop(self.ln(self.tok(tokens) + self.pos(positions)))  # (B, T, d_en)
-        return self.transformer(x, mask=None if attention_mask is None else attention_mask[:, None, None, :])
+        return self.transformer(x, mask=attention_mask)
+
+
+# Decoders: from the encoder's latents to the states to predict from, (B, k, d_en), in the order of
+# batch.predict. Each ends in its FC1, the first layer of the prediction head. A new decoder is one
+# more class like these and an entry of DECODERS; it is then a value of train.py's --decoder.
 
 
 def take(x, index):
@@ -155,30 +237,28 @@ def take(x, index):
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.size(-1)))
 
 
-def slots(batch):
-    """(B, n): where each position of a row is in [kept, masked]; argsort inverts a permutation."""
-    return torch.cat([batch.kept, batch.masked], dim=1).argsort(dim=1)
-
-
-# A decoder turns the encoder's latents into the states to predict from, (B, k, d_en) in the order of
-# batch.predict. It ends in the first layer of the prediction head (FC1). A new variant is one more class here
-# and in DECODERS.
+def take_visible(x, batch):
+    """The states of the replaced and unchanged tokens: x, in the order of batch.kept -> (B, k -
+    n_m, d)."""
+    positions = batch.predict[:, batch.masked.size(1) :].contiguous()
+    return take(x, torch.searchsorted(batch.kept, positions))  # kept is ascending
 
 
 class NoDecoder(nn.Module):
-    """Vanilla MLM: the latents (B, n, d_en) at the positions to predict."""
+    """Vanilla MLM: the encoder has seen all n tokens, [MASK]s among them."""
 
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, latents, batch):
+    def forward(self, latents, batch):  # (B, n, d_en) -> (B, k, d_en)
         return self.fc1(take(latents, batch.predict))
 
 
 class Decoder(nn.Module):
-    """What 3ML's decoders share: a bridge from d_en to d_de, a learned [MASK] that is one of the latents, not
-    a word embedding (section 2.2), position embeddings of their own (section 3.3), blocks, and FC1."""
+    """What both decoders of 3ML have: a bridge from d_en to d_de, a [MASK] that is learned as one
+    of the latents, not as a word (section 2.2), position embeddings of their own (section 3.3),
+    blocks, and FC1."""
 
     def __init__(self, config, cross=False):
         super().__init__()
@@ -186,46 +266,48 @@ class Decoder(nn.Module):
         self.bridge = nn.Linear(d_en, d_de) if d_en != d_de else nn.Identity()
         self.mask = nn.Parameter(0.02 * torch.randn(d_de))
         self.pos = nn.Embedding(config.n_positions, d_de)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
         self.transformer = Transformer(config.n_layer_dec, d_de, config, cross)
         self.fc1 = nn.Linear(d_de, d_en)
 
 
 class SelfDecoder(Decoder):
-    """3MLself: one sequence of latents and [MASK]s. The [MASK]s are appended, not sorted back in: attention
-    knows a token's position by its embedding, not by its place in memory."""
+    """3MLself: ordinary blocks over latents and [MASK]s. The [MASK]s are appended, not sorted in
+    between: attention knows a token's position by its embedding alone, so the order in memory does
+    not matter."""
 
-    def forward(self, latents, batch):
+    def forward(self, latents, batch):  # (B, n_en, d_en) -> (B, k, d_en)
         latents = self.bridge(latents)  # (B, n_en, d_de)
         masks = self.mask.expand(*batch.masked.shape, -1)  # (B, n_m, d_de)
         positions = torch.cat([batch.kept, batch.masked], dim=1)  # (B, n)
         x = torch.cat([latents, masks], dim=1) + self.pos(positions)  # (B, n, d_de)
         x = self.transformer(self.drop(x))
-        return self.fc1(take(x, slots(batch).gather(1, batch.predict)))  # (B, k, d_en)
+        masks = x[:, latents.size(1) :]  # in the order of batch.masked, as batch.predict begins
+        return self.fc1(torch.cat([masks, take_visible(x, batch)], dim=1))
 
 
 class CrossDecoder(Decoder):
-    """3MLcross: the [MASK]s attend to each other and to the latents. The replaced and unchanged tokens are
-    predicted from the encoder's own states, through an FC1 of their own (Eq. 4)."""
+    """3MLcross: the [MASK]s attend to each other, and to the latents as they are. No layer of the
+    decoder sees the replaced and unchanged tokens, so these are predicted from the encoder's
+    states, by an FC1 of their own (Eq. 4 counts two; what "the same prediction layer" of section
+    2.2 shares is the word embedding)."""
 
     def __init__(self, config):
         super().__init__(config, cross=True)
         self.fc1_visible = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, latents, batch):
-        x = self.drop(self.mask + self.pos(batch.masked))  # (B, n_m, d_de)
-        x = self.transformer(x, memory=self.bridge(latents))
-        visible = batch.predict[:, x.size(1) :]  # (B, k - n_m): the replaced and unchanged
-        visible = take(latents, slots(batch).gather(1, visible))  # (B, k - n_m, d_en)
-        return torch.cat([self.fc1(x), self.fc1_visible(visible)], dim=1)  # (B, k, d_en)
+    def forward(self, latents, batch):  # (B, n_en, d_en) -> (B, k, d_en)
+        masks = self.drop(self.mask + self.pos(batch.masked))  # (B, n_m, d_de)
+        masks = self.transformer(masks, memory=self.bridge(latents))
+        return torch.cat([self.fc1(masks), self.fc1_visible(take_visible(latents, batch))], dim=1)
 
 
 DECODERS = {"self": SelfDecoder, "cross": CrossDecoder, "none": NoDecoder}
 
 
 class MaskedLM(nn.Module):
-    """Encoder, decoder, and the prediction head that all share: FC1 (in the decoder), GELU, LayerNorm, and
-    FC2 tied to the word embedding (Appendix D)."""
+    """Encoder, decoder, and the prediction head that all three models share: FC1 (in the decoder),
+    GELU, LayerNorm, and FC2, whose matrix is the word embedding (Appendix D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -236,39 +318,35 @@ class MaskedLM(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def logits(self, batch):
-        """batch: a data.Corrupted -> the scores of all words at batch.predict, (B, k, V)."""
+        """Corrupted -> the scores of all words at batch.predict, (B, k, V)."""
         if self.config.decoder == "none":
-            latents = self.encoder(batch.inputs)  # (B, n, d_en), [MASK]s among them
+            latents = self.encoder(batch.inputs)  # (B, n, d_en)
         else:
-            visible = batch.inputs.gather(1, batch.kept)  # (B, n_en)
+            visible = batch.inputs.gather(1, batch.kept)  # (B, n_en): mask later
             latents = self.encoder(visible, batch.kept)  # (B, n_en, d_en)
         states = self.decoder(latents, batch)  # (B, k, d_en)
         return F.linear(self.ln(F.gelu(states)), self.encoder.tok.weight, self.bias)
 
     def forward(self, batch):
-        """batch: a data.Corrupted -> the losses (B, k) in nats, in the order of batch.predict."""
-        logits = self.logits(batch).flatten(0, 1).float()  # (B·k, V)
-        return F.cross_entropy(logits, batch.labels.flatten(), reduction="none").view_as(batch.labels)
+        """Corrupted -> losses (B, k) in nats, in the order of batch.predict; computed in fp32."""
+        logits = self.logits(batch).flatten(0, 1).float()  # (B * k, V)
+        losses = F.cross_entropy(logits, batch.labels.flatten(), reduction="none")
+        return losses.view_as(batch.labels)
 
 
-def init_weights(module):
-    """BERT's initialisation: N(0, 0.02) for matrices and 0 for biases. LayerNorm keeps PyTorch's."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
+# Fine-tuning
 
 
 class Classifier(nn.Module):
-    """The encoder and RoBERTa's classification head on <s>; n_classes = 1 is a regression. The head keeps
-    PyTorch's default initialisation, as in fairseq."""
+    """The encoder and RoBERTa's classification head on <s>; one class is a regression. The head
+    keeps PyTorch's default initialization, as in fairseq."""
 
     def __init__(self, config, n_classes):
         super().__init__()
         self.config = config
         self.labels = [str(i) for i in range(n_classes)]  # names of the classes, for config.json
         self.encoder = Encoder(config)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
         self.dense = nn.Linear(config.n_embd, config.n_embd)
         self.out = nn.Linear(config.n_embd, n_classes)
 
@@ -278,119 +356,160 @@ class Classifier(nn.Module):
         return self.out(self.drop(torch.tanh(self.dense(self.drop(x)))))
 
 
-# Hugging Face folders. A post-LN encoder is transformers' Roberta, a pre-LN one its RobertaPreLayerNorm.
+# Hugging Face folders. A post-LN encoder is transformers' Roberta, a pre-LN one its
+# RobertaPreLayerNorm.
 
-HF_TYPES = {"post": "roberta", "pre": "roberta_prelayernorm"}
-HF_NAMES = {  # parts of the names of our encoder's parameters, and what they are called in transformers
-    "transformer.blocks.": "encoder.layer.", "transformer.ln.": "LayerNorm.", "ln.": "embeddings.LayerNorm.",
-    "tok.": "embeddings.word_embeddings.", "pos.": "embeddings.position_embeddings.",
-    "attn.q.": "attention.self.query.", "attn.k.": "attention.self.key.", "attn.v.": "attention.self.value.",
+HF_MODELS = {"post": "roberta", "pre": "roberta_prelayernorm"}
+HF_NAMES = {  # parts of the names of our encoder's parameters, and what transformers calls them
+    "transformer.blocks.": "encoder.layer.", "transformer.ln.": "LayerNorm.",
+    "ln.": "embeddings.LayerNorm.", "tok.": "embeddings.word_embeddings.",
+    "pos.": "embeddings.position_embeddings.", "attn.q.": "attention.self.query.",
+    "attn.k.": "attention.self.key.", "attn.v.": "attention.self.value.",
     "attn.out.": "attention.output.dense.", "fc1.": "intermediate.dense.", "fc2.": "output.dense.",
 }  # fmt: skip
 HF_NORMS = {
     "post": {"ln1.": "attention.output.LayerNorm.", "ln2.": "output.LayerNorm."},
     "pre": {"ln1.": "attention.LayerNorm.", "ln2.": "intermediate.LayerNorm."},
 }
-HF_HEADS = {  # our modules outside the encoder: the head of vanilla MLM, and the classifier's
+HF_HEADS = {  # our modules outside of the encoder: vanilla MLM's head, and the classifier's
     "decoder.fc1": "lm_head.dense", "ln": "lm_head.layer_norm", "": "lm_head",
     "dense": "classifier.dense", "out": "classifier.out_proj",
 }  # fmt: skip
+HF_TOKEN_TYPE = "embeddings.token_type_embeddings.weight"  # of the one type that there is
 
 
 def hf_name(name, norm):
-    """What transformers calls a parameter of ours."""
+    """What transformers calls a parameter of ours, without the name of the model in front."""
     module, _, kind = name.rpartition(".")
     if module in HF_HEADS:
         return f"{HF_HEADS[module]}.{kind}"
     name = name.removeprefix("encoder.")
     for ours, theirs in (HF_NAMES | HF_NORMS[norm]).items():
         name = name.replace(ours, theirs)
-    return f"{HF_TYPES[norm]}.{name}"
+    return name
 
 
 def hf_config(config):
     """transformers' config.json of an encoder. Its positions start at 2, after the id of <pad>."""
     return dict(
-        model_type=HF_TYPES[config.norm].replace("_", "-"), vocab_size=config.vocab_size, pad_token_id=1,
-        hidden_size=config.n_embd, intermediate_size=4 * config.n_embd, num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_embd // config.head_size, max_position_embeddings=config.n_positions + 2,
-        hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout, hidden_act="gelu",
-        layer_norm_eps=1e-5, type_vocab_size=1)  # fmt: skip
+        model_type=HF_MODELS[config.norm].replace("_", "-"), vocab_size=config.vocab_size,
+        hidden_size=config.n_embd, intermediate_size=4 * config.n_embd, hidden_act="gelu",
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_embd // config.head_size,
+        max_position_embeddings=config.n_positions + 2, pad_token_id=PAD, type_vocab_size=1,
+        hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout,
+        layer_norm_eps=1e-5)  # fmt: skip
 
 
 def save_pretrained(model, directory, tokenizer_file=None):
-    """Write a Hugging Face folder: config.json, pytorch_model.bin and, given a tokenizer.json, the tokenizer.
+    """Write a Hugging Face folder: config.json, model.safetensors and, given a tokenizer.json, the
+    tokenizer. Raises OSError.
 
-    model: a MaskedLM (3ML: the encoder alone, since transformers has no class for the decoder; vanilla MLM:
-    the head too, as ForMaskedLM), or a Classifier (as ForSequenceClassification). Raises OSError."""
-    config, settings, labels = model.config, hf_config(model.config), getattr(model, "labels", [])
-    part = "" if labels or config.decoder == "none" else "encoder."
-    state = {name: p.float().cpu() for name, p in model.state_dict().items() if name.startswith(part)}
+    model: a MaskedLM (3ML: the encoder alone, since transformers has no class for the decoder;
+    vanilla MLM: the head too, as ForMaskedLM), or a Classifier (as ForSequenceClassification)."""
+    directory, config, settings = Path(directory), model.config, hf_config(model.config)
+    state = model.state_dict()
+    if isinstance(model, MaskedLM) and config.decoder != "none":
+        state = model.encoder.state_dict(prefix="encoder.")
     state["encoder.pos.weight"] = F.pad(state["encoder.pos.weight"], (0, 0, 2, 0))
-    weights = {hf_name(name, config.norm): p.clone() for name, p in state.items()}
-    token_type = f"{HF_TYPES[config.norm]}.embeddings.token_type_embeddings.weight"
-    weights[token_type] = torch.zeros(1, config.n_embd)
-    with atomic(Path(directory) / "pytorch_model.bin") as f:
-        torch.save(weights, f)
-    if labels:
-        settings["id2label"] = dict(enumerate(labels))
-        settings["label2id"] = {label: i for i, label in enumerate(labels)}
-    files = {"config.json": settings}
+    prefix, weights = HF_MODELS[config.norm] + ".", {}
+    for name, p in state.items():
+        theirs = hf_name(name, config.norm)
+        weights[prefix + theirs if name.startswith("encoder.") else theirs] = p.float().cpu()
+    weights[prefix + HF_TOKEN_TYPE] = torch.zeros(1, config.n_embd)
+    if isinstance(model, Classifier):
+        settings["id2label"] = dict(enumerate(model.labels))
+        settings["label2id"] = {label: i for i, label in enumerate(model.labels)}
     if tokenizer_file is not None:
-        write(Path(directory) / "tokenizer.json", Path(tokenizer_file).read_text(encoding="utf-8"))
-        files["tokenizer_config.json"] = dict(
+        write(directory / "tokenizer.json", Path(tokenizer_file).read_bytes())
+        tokenizer_config = dict(
             tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.n_positions,
-            bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>",
-            unk_token="<unk>", mask_token="<mask>")  # fmt: skip
-    for name, content in files.items():
-        write(Path(directory) / name, json.dumps(content, indent=1))
+            bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
+            pad_token="<pad>", unk_token="<unk>", mask_token="<mask>")  # fmt: skip
+        write(directory / "tokenizer_config.json", json.dumps(tokenizer_config, indent=1).encode())
+    write(directory / "model.safetensors", safetensors.torch.save(weights, {"format": "pt"}))
+    write(directory / "config.json", json.dumps(settings, indent=1).encode())
+    (directory / "pytorch_model.bin").unlink(missing_ok=True)  # of an older export
 
 
 def load_pretrained(directory, n_classes=None):
-    """Read a Hugging Face folder of type roberta or roberta-prelayernorm: (ModelConfig, Encoder) in fp32, or
-    with n_classes (ModelConfig, Classifier). ModelConfig.decoder is "none", since such a folder contains no
-    decoder. Raises UserError, naming the file that is missing or that does not fit."""
-    path = Path(directory) / "config.json"
+    """Read a Hugging Face folder of type roberta or roberta-prelayernorm: (ModelConfig, Encoder)
+    in fp32, or with n_classes (ModelConfig, Classifier). ModelConfig.decoder is "none", since such
+    a folder has no decoder. Raises UserError, which names the file that is missing or does not
+    fit."""
+    directory = Path(directory)
     try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
+        hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         config = ModelConfig(
-            hf["vocab_size"], hf["max_position_embeddings"] - 2, hf["num_hidden_layers"], hf["hidden_size"],
-            hf["hidden_size"] // hf["num_attention_heads"], "none", dropout=hf["hidden_dropout_prob"],
-            norm="pre" if "pre" in hf["model_type"] else "post")  # fmt: skip
-        expected = hf_config(config)
-        for name in ("model_type", "intermediate_size", "hidden_act", "layer_norm_eps", "pad_token_id"):
-            if hf[name] != expected[name]:
-                raise UserError(f"{name} is {hf[name]!r}, must be {expected[name]!r}")
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: not the config.json of a RoBERTa encoder ({e})") from e
-    theirs, model = read_weights(Path(directory)), Classifier(config, n_classes or 1)
-    prefix, state = HF_TYPES[config.norm] + ".", model.state_dict()
+            vocab_size=hf["vocab_size"], n_positions=hf["max_position_embeddings"] - 2,
+            n_layer=hf["num_hidden_layers"], n_embd=hf["hidden_size"],
+            head_size=hf["hidden_size"] // hf["num_attention_heads"], decoder="none",
+            norm="pre" if "pre" in hf["model_type"] else "post",
+            dropout=hf["hidden_dropout_prob"])  # fmt: skip
+        for name, expected in hf_config(config).items():
+            if hf.get(name, expected) != expected:
+                raise UserError(f"{name} is {hf[name]!r}, must be {expected!r}")
+    except (*BROKEN_FILE, ZeroDivisionError) as e:
+        raise UserError(f"{directory}/config.json: not one of a RoBERTa encoder ({e})") from e
+    model, state, weights = Classifier(config, n_classes or 1), {}, read_weights(directory)
+    prefix = HF_MODELS[config.norm] + "."  # which the weights of a RobertaModel lack
+    weights = {name.removeprefix(prefix): p.float() for name, p in weights.items()}
     try:
-        theirs = {name.removeprefix(prefix): p.float() for name, p in theirs.items()}  # RobertaModel has none
-        for name in state:
+        for name in model.state_dict():
             if n_classes or name.startswith("encoder."):
-                state[name] = theirs[hf_name(name, config.norm).removeprefix(prefix)]
-        # there is one token type, so its embedding belongs to every position
-        token_type = theirs.get("embeddings.token_type_embeddings.weight", torch.zeros(1, 1))[0]
+                state[name] = weights[hf_name(name, config.norm)]
+        # All tokens are of one type, so the embedding of that type belongs to every position.
+        token_type = weights.get(HF_TOKEN_TYPE, torch.zeros(1, 1))
         state["encoder.pos.weight"] = state["encoder.pos.weight"][2:] + token_type
-        model.load_state_dict(state)
-    except (KeyError, RuntimeError, AttributeError) as e:
-        what = str(e).splitlines()[-1].strip()
-        raise UserError(f"{directory}: the weights do not fit config.json ({what})") from e
+        model.load_state_dict(state, strict=False)
+    except (KeyError, RuntimeError) as e:
+        raise UserError(f"{directory}: the weights do not fit config.json ({e})") from e
     return config, model if n_classes else model.encoder
 
 
 def read_weights(directory):
-    """The tensors of pytorch_model.bin or model.safetensors; no code in them is run. Raises UserError."""
-    path = directory / "pytorch_model.bin"
-    try:
-        if path.exists():
-            return torch.load(path, map_location="cpu", weights_only=True)
-        path = directory / "model.safetensors"
-        from safetensors.torch import load_file
+    """{name: tensor} of a folder's weights, in one file or several. Of two formats, transformers
+    takes safetensors, and so do we. Runs no code in them. Raises UserError."""
+    files = sorted(directory.glob("model*.safetensors"))
+    files = files or sorted(directory.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"{directory}: contains no model.safetensors and no pytorch_model.bin")
+    weights = {}
+    for path in files:
+        try:
+            if path.suffix == ".bin":
+                weights |= torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                weights |= safetensors.torch.load_file(path)
+        except BROKEN_FILE as e:
+            raise UserError(f"{path}: cannot be read ({e})") from e
+    return weights
 
-        return load_file(path)
-    except ImportError as e:
-        raise UserError(f"{path}: reading it needs `pip install safetensors`") from e
-    except Exception as e:
-        raise UserError(f"{path}: missing, or not a readable file of weights ({type(e).__name__})") from e
+
+# Files
+
+# What reading a broken or foreign file raises. A lack of memory, say, is not among them.
+BROKEN_FILE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError,
+               pickle.UnpicklingError, safetensors.SafetensorError)  # fmt: skip
+
+
+@contextmanager
+def atomic(path):
+    """Open a file to write bytes. It gets its name when all is on disk, and else is removed."""
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as e:  # torch.save's word for a full disk
+        raise OSError(f"{path}: cannot be written ({e})") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(path, content):
+    """Write a file of bytes, whole or not at all."""
+    with atomic(path) as f:
+        f.write(content)

@@ -1,31 +1,29 @@
-"""Pre-train 3ML, or vanilla MLM for comparison, on prepared tokens.
+"""Pre-train 3ML, or vanilla MLM for comparison, on the tokens that data.py has prepared.
 
-    torchrun train.py                            tiny: minutes on two CPU cores; prepares its own data
-    torchrun train.py --decoder none --mask_rate 0.15 --out out/vanilla         the vanilla MLM beside it
+    torchrun train.py                            tiny: minutes on two CPU cores, with its own data
+    torchrun train.py --decoder none --mask_rate 0.15 --out out/vanilla     vanilla MLM, to compare
     torchrun --nproc_per_node 8 train.py --recipe efficient-large --data data/mine
-    torchrun train.py --out out/tiny --eval_only      evaluate the checkpoint of a run and export it
-    python train.py --out out/tiny --fill "returns the <mask> of a list"      the likeliest words
+    python train.py --out out/tiny --eval_only   evaluate a run's checkpoint and export it again
+    python train.py --out out/tiny --fill "Return the <mask> of a list."    the likeliest words
 
-The same command resumes an interrupted run. A run writes to --out: ckpt.pt and ckpt.prev.pt (all that
-resuming needs), log.jsonl, config.json, and hf/ (the encoder, for finetune.py and transformers; vanilla MLM's
-has its head). Rows and masks are a function of (seed, step, row), dropout of (seed, step, first row of the
-micro-batch), so the number of processes and interruptions change nothing but the order of sums. This file
-does not shard a model or search for hyperparameters. Without torchrun, `python train.py` does the same."""
+The same command resumes a run, however it was interrupted: at most --save_every steps are done
+again, and it ends bit for bit as if undisturbed. A run leaves in --out ckpt.pt (all that resuming
+needs), log.jsonl, config.json, tokenizer.json, and hf/ (the encoder, for finetune.py and
+transformers; vanilla MLM's has its head). Rows and masks are a function of (seed, step, row),
+dropout of (seed, step, first row of the micro-batch), so the number of processes changes nothing
+but the order of sums. Without torchrun, `python train.py` does the same. This file does not shard
+a model."""
 
-import atexit
+import argparse
 import ctypes
 import json
 import math
 import os
 import platform
-import signal
-import sys
 import time
-import zipfile
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -35,427 +33,502 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import flops
-from data import Data, atomic, command, corrupt, counts, fail, lock, masked_text, parse_flags, seed_of, write
+from data import Data, Parser, amount, command, count, load_tokenizer, seed_of
 from data import main as prepare_default_data
-from model import MaskedLM, ModelConfig, load_pretrained, save_pretrained
+from model import BROKEN_FILE, DECODERS, Corrupted, MaskedLM, ModelConfig, UserError
+from model import atomic, corrupt, counts, load_pretrained, save_pretrained, write
 
-# Table 4, and one of ours for a first look. longer-base is the defaults below.
+# Table 4's recipes, and one of ours for a first look
 RECIPES = {
-    "tiny": dict(n_layer=3, n_embd=256, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=64, batch_size=32,
-                 max_steps=2700, lr=4e-3, eval_every=400, save_every=400),
-    "efficient-large": dict(n_layer=24, n_embd=1024, norm="pre", mask_rate=0.5, seq_len=128, batch_size=4096,
-                            micro_batch_size=256, max_steps=23_000, lr=2e-3),
-    "longer-base": dict(),
+    "tiny": dict(
+        n_layer=6, n_embd=256, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=64, batch_size=32,
+        micro_batch_size=32, max_steps=1500, lr=1e-3, eval_every=250, save_every=250),
+    "efficient-large": dict(
+        n_layer=24, n_embd=1024, norm="pre", dropout=0.1, mask_rate=0.5, seq_len=128,
+        batch_size=4096, micro_batch_size=256, max_steps=23_000, lr=2e-3, eval_every=1000,
+        save_every=1000),
+    "longer-base": dict(
+        n_layer=12, n_embd=768, norm=None, dropout=0.1, mask_rate=0.4, seq_len=512,
+        batch_size=2048, micro_batch_size=64, max_steps=125_000, lr=7e-4, eval_every=1000,
+        save_every=1000),
 }  # fmt: skip
-COMMON_RATE = 0.15  # losses at different rates cannot be compared, so every run is evaluated here too
+# Flags that may differ when a run is resumed. Any other makes it another run, and so does other data.
+MAY_DIFFER = (
+    "recipe", "data", "out", "max_steps", "grad_clip", "micro_batch_size", "log_every", "eval_every",
+    "eval_rows", "save_every", "device", "dtype", "compile", "eval_only", "fill")  # fmt: skip
+COMMON_RATE = (
+    0.15  # losses at different masking rates do not compare, so all are evaluated here too
+)
 
 
-@dataclass
-class Run(ModelConfig):
-    """With ModelConfig's, the fields that identify a run. Resuming with other values is refused."""
+def parse_flags(argv):
+    """The flags as a namespace. Defaults are the recipe's; the encoder's shape is that of --init;
+    for --eval_only and --fill, all are those of the run in --out."""
+    parser = Parser(__doc__)
+    add = parser.add_argument_group("run").add_argument
+    add("--recipe", choices=RECIPES, default="tiny", help="defaults: tiny, or one of Table 4's")
+    add("--data", default="data/python-docs", help="folder that data.py has prepared")
+    add("--out", help="folder of the run; default: out/RECIPE")
+    add("--init", help="Hugging Face folder of a RoBERTa, to start from its encoder")
+    add("--seed", type=int, default=0, help="seed of initialization, rows, masks and dropout")
+    add("--eval_only", action="store_true", help="evaluate and export the checkpoint in --out")
+    add("--fill", metavar="TEXT", help="print the likeliest words for each <mask> of a text")
 
-    n_positions: int = None  # longest row that the model can take (default: seq_len)
-    init: str = ""  # Hugging Face folder of a RoBERTa whose encoder to start from
-    mask_rate: float = 0.4  # share r of the tokens to predict
-    strategy: list[float] = (0.8, 0.1, 0.1)  # shares of [MASK], random and unchanged among them
-    seq_len: int = 512  # tokens of a row, <s> and </s> included
-    batch_size: int = 2048  # rows of a step, over all processes and micro-batches
-    lr: float = 7e-4  # peak learning rate
-    warmup: float = 0.06  # share of the steps in which the learning rate rises from 0
-    weight_decay: float = 0.01  # AdamW's weight decay, on matrices only
-    eval_rows: int = 1024  # rows of the validation set to evaluate on
-    seed: int = 0  # seed of initialization, rows, masks and dropout
+    add = parser.add_argument_group("model").add_argument
+    add("--decoder", choices=DECODERS, default="self", help="3ML's decoder; none is vanilla MLM")
+    add("--n_layer", type=count, help="layers of the encoder")
+    add("--n_embd", type=count, help="width of the encoder")
+    add("--head_size", type=count, default=64, help="size of an attention head")
+    add("--n_layer_dec", type=count, default=2, help="layers of the decoder")
+    add("--n_embd_dec", type=count, help="width of the decoder; None: half of n_embd")
+    add("--norm", choices=("post", "pre"), help="LayerNorm; None: pre for cross, else post")
+    add("--dropout", type=amount, help="dropout of hidden states and attention weights")
+    add("--n_positions", type=count, help="longest row the model can take; None: seq_len")
 
-    def __post_init__(self):
-        self.n_positions, self.strategy = self.n_positions or self.seq_len, tuple(self.strategy)
-        super().__post_init__()
+    add = parser.add_argument_group("training").add_argument
+    add("--mask_rate", type=amount, help="share r of a row's tokens to predict")
+    add("--strategy", type=amount, nargs=3, default=[0.8, 0.1, 0.1],
+        help="shares of [MASK], random and unchanged tokens among these")  # fmt: skip
+    add("--seq_len", type=count, help="tokens of a row, <s> and </s> included")
+    add("--batch_size", type=count, help="rows of a step, over all processes and micro-batches")
+    add("--micro_batch_size", type=count, help="rows that go through a process at once")
+    add("--max_steps", type=count, help="steps of the run, and of its learning-rate schedule")
+    add("--lr", type=amount, help="peak learning rate")
+    add("--warmup", type=amount, default=0.06, help="share of the steps with a rising rate")
+    add("--weight_decay", type=amount, default=0.01, help="AdamW's, on matrices only")
+    add("--grad_clip", type=amount, default=0.0, help="largest norm of the gradient; 0 is off")
 
+    add = parser.add_argument_group("watching and saving").add_argument
+    add("--log_every", type=count, default=50, help="steps between lines of the log")
+    add("--eval_every", type=count, help="steps between evaluations")
+    add("--eval_rows", type=count, default=1024, help="validation rows to evaluate on")
+    add("--save_every", type=count, help="steps between checkpoints")
 
-@dataclass
-class Config(Run):
-    """Every field is a flag. These may change when a run is resumed."""
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to run")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="precision of products")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None: on CUDA")
 
-    recipe: Literal[tuple(RECIPES)] = "tiny"  # which defaults to use: ours, or one of Table 4's
-    data: str = "data/python-docs"  # folder that data.py has prepared
-    out: str = ""  # folder of this run (default: out/RECIPE)
-    max_steps: int = 125_000  # steps of the run; the learning-rate schedule depends on it
-    grad_clip: float = 0.0  # gradient clipping: the largest norm; 0.0 is off
-    micro_batch_size: int = 64  # rows that go through a process at once
-    eval_every: int = 1000  # steps between evaluations
-    save_every: int = 1000  # steps between checkpoints
-    log_every: int = 50  # steps between lines of the log
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to run
-    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
-    eval_only: bool = False  # evaluate the checkpoint in --out and export it, without training
-    fill: str = None  # a text with <mask>s: only print the likeliest words there, by the run in --out
-
-
-def presets(given):
-    """Defaults that depend on the given flags: the recipe's, and with --init the shape of that encoder."""
-    values = {"out": f"out/{given.get('recipe', 'tiny')}"} | RECIPES[given.get("recipe", "tiny")]
-    if given.get("init"):
-        shape = load_pretrained(given["init"])[0]
+    given, _ = parser.parse_known_args([x for x in argv if x not in ("-h", "--help")])
+    defaults = RECIPES[given.recipe] | dict(out=f"out/{given.recipe}")
+    if given.init:
+        shape, _ = load_pretrained(given.init)
         for name in ("n_positions", "n_layer", "n_embd", "head_size", "norm"):
-            values[name] = getattr(shape, name)
-    return values
+            defaults[name] = getattr(shape, name)
+    if given.eval_only or given.fill is not None:
+        defaults |= read_config(given.out or defaults["out"])
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    args.n_positions = args.n_positions or args.seq_len
+    return args
 
 
 # One step
 
 
-def lr_at(step, config):
-    """Learning rate of step 0, 1, ...: linear warm-up from 0, then linear decay to 0."""
-    warmup = round(config.warmup * config.max_steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    return config.lr * (config.max_steps - step) / (config.max_steps - warmup)
+def lr_at(step, lr, warmup, max_steps):
+    """Learning rate of step 0, 1, ...: a linear rise to lr over the share `warmup`, then linearly
+    to 0."""
+    rising = round(warmup * max_steps)
+    if step < rising:
+        return lr * (step + 1) / rising
+    return lr * (max_steps - step) / (max_steps - rising)
 
 
-def make_optimizer(model, config):
+def make_optimizer(model, weight_decay):
     """AdamW, with weight decay on matrices only, as in 24hBERT (fairseq decays everything)."""
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == wide] for wide in (True, False))
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        dict(params=matrices, weight_decay=weight_decay),
+        dict(params=vectors, weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def step_batch(data, config, step, device):
-    """The corrupted rows of a step, of all processes. Each process makes them all, which costs little, and
-    uses its own share, so the number of processes cannot matter."""
-    k, *_ = counts(config.seq_len, config.mask_rate, config.strategy)
-    rows = data.batch(step, config.batch_size, config.seq_len, k, config.seed)
+def corrupted(rows, rate, args, data, generator):
+    """A batch of rows, corrupted by the run's strategy."""
+    ids = dict(vocab_size=data.vocab_size, mask_id=data.mask_id)
+    return corrupt(rows, rate, args.strategy, generator=generator, **ids)
+
+
+def step_batch(data, args, step, device):
+    """The corrupted rows of a step, of all processes: each makes them all, which costs little, and
+    uses its share, so that the number of processes cannot matter."""
+    rows = data.batch(step, args.batch_size, args.seq_len, args.seed)
     if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    generator = torch.Generator(device).manual_seed(seed_of(config.seed, 2, step))
-    return corrupt(rows.to(device), config.mask_rate, config.strategy, vocab=data.vocab, generator=generator)
+        rows = rows.pin_memory()
+    generator = torch.Generator(device).manual_seed(seed_of(args.seed, 2, step))
+    return corrupted(rows.to(device, non_blocking=True), args.mask_rate, args, data, generator)
 
 
-def backward(model, batch, config, step, machine, scaler):
-    """Gradients of the batch's mean loss. This process does its share of the rows, in micro-batches;
-    DistributedDataParallel averages the gradients. Returns this process's mean loss in nats, a tensor."""
-    share, k = config.batch_size // machine.world, batch.predict.size(1)
+def rows_of(batch, start, stop, device):
+    """Rows start to stop of a Corrupted, on a device."""
+    tensors = (x[start:stop].to(device, non_blocking=True) for x in batch[:-1])
+    return Corrupted(*tensors, batch.n_replaced)
+
+
+def backward(model, batch, args, step, machine, scaler):
+    """Gradients of the batch's mean loss. This process does its share of the rows, in
+    micro-batches, and DistributedDataParallel averages over processes. Returns the share's mean
+    loss in nats."""
+    share, k = args.batch_size // machine.world, batch.predict.size(1)
     start, end, total = machine.rank * share, (machine.rank + 1) * share, 0.0
-    for at in range(start, end, config.micro_batch_size):
-        torch.manual_seed(seed_of(config.seed, 3, step, at))  # dropout
-        stop = min(at + config.micro_batch_size, end)
+    for at in range(start, end, args.micro_batch_size):
+        torch.manual_seed(seed_of(args.seed, 3, step, at))  # dropout
+        stop = min(at + args.micro_batch_size, end)
         with nullcontext() if stop == end or machine.world == 1 else model.no_sync():
             with machine.autocast():
-                loss = model(batch.rows(at, stop, machine.device)).sum() / (share * k)
+                loss = model(rows_of(batch, at, stop, machine.device)).sum() / (share * k)
             scaler.scale(loss).backward()
         total = total + loss.detach()
     return total
 
 
-def update(optimizer, scaler, lr):
-    """Take an optimizer step at a learning rate. fp16's scaler skips it where a gradient is infinite."""
+def update(model, optimizer, scaler, lr, grad_clip=0.0):
+    """Take an optimizer step. Returns the norm of the gradient before clipping, a tensor. fp16's
+    scaler leaves out a step with an infinite gradient, and lowers its scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    scaler.unscale_(optimizer)
+    norm = clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
+    return norm
 
 
-def train(parts, data, val, config, machine, first):
-    """Steps from `first` to max_steps, or until a signal asks to stop. parts: model, optimizer and scaler;
-    val: see validation_batches. Returns the last evaluation."""
-    raw, optimizer, scaler = parts.values()
-    model, signals = raw, catch_signals()
+# The run
+
+
+def train(model, optimizer, scaler, data, val, args, machine, settings, first):
+    """Steps from `first` to max_steps. val: see validation_batches. Returns the last evaluation."""
+    wrapped = torch.compile(model) if args.compile else model  # evaluation takes `model` itself
     if machine.world > 1:
-        model = DistributedDataParallel(raw, gradient_as_bucket_view=True)
-    if config.compile == "yes" or (config.compile == "auto" and machine.device.type == "cuda"):
-        model.compile()  # in place, so that the parameters keep their names
-    batch, since, start = step_batch(data, config, first, machine.device), first, time.perf_counter()
-    bar = dict(total=config.max_steps, initial=first, disable=machine.rank > 0 or None)
-    for step in tqdm(range(first, config.max_steps), "training", **bar):
-        lr, done, last = lr_at(step, config), step + 1, step + 1 == config.max_steps
-        loss = backward(model, batch, config, step, machine, scaler)
-        batch = step_batch(data, config, done, machine.device)  # while the device is busy with this step
-        scaler.unscale_(optimizer)
-        norm = float(clip_grad_norm_(raw.parameters(), config.grad_clip or math.inf))
-        loss, stop = machine.sum([float(loss) / machine.world, len(signals)])
-        stop_if_diverged(loss, norm, scaler, step, lr)
-        update(optimizer, scaler, lr)
-
-        due = [done % n == 0 or last for n in (config.log_every, config.eval_every, config.save_every)]
-        if due[0] or done == 1:
-            entry = dict(step=done, loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None)
-            seconds = (time.perf_counter() - start) / (done - since)
-            log(entry | speed(seconds, config, machine), config, machine)
-        if due[1]:
-            entry = dict(step=done) | evaluate(raw, val, config, machine)
-            log(entry, config, machine)
-        if due[2] or stop:
-            save_checkpoint(parts, data, config, machine, done)
-        if any(due) or done == 1:
-            since, start = done, time.perf_counter()
-        if stop and not last:
-            machine.say(f"stopped after step {done}; the same command resumes the run")
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+        wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
+    batch, seconds, logged = step_batch(data, args, first, machine.device), 0.0, first
+    bar = dict(total=args.max_steps, initial=first, disable=machine.rank > 0 or None)
+    for step in tqdm(range(first, args.max_steps), "training", **bar):
+        began, done = time.perf_counter(), step + 1
+        loss = backward(wrapped, batch, args, step, machine, scaler)
+        batch = step_batch(data, args, done, machine.device)  # while a GPU is busy with this step
+        lr = lr_at(step, args.lr, args.warmup, args.max_steps)
+        norm = update(model, optimizer, scaler, lr, args.grad_clip)
+        last = done == args.max_steps
+        log = done % args.log_every == 0 or done == 1 or last
+        save = done % args.save_every == 0 or last
+        if log or save:  # only here is the device waited for, and nothing unsound is saved
+            loss, norm = machine.sum([loss / machine.world])[0], float(norm)
+            if not math.isfinite(loss + (0 if scaler.is_enabled() else norm)):
+                advice = "resume with --grad_clip 1 (Table 4), or start again with a lower --lr"
+                raise UserError(f"step {done}: diverged, loss {loss}, gradient {norm}; {advice}")
+        seconds += time.perf_counter() - began
+        if log:
+            entry = dict(step=done, loss=loss, lr=lr, grad_norm=norm)
+            entry |= speed(seconds / (done - logged), model.config, args, machine)
+            write_log(entry, args, machine)
+            seconds, logged = 0.0, done
+        if done % args.eval_every == 0 or last:
+            entry = dict(step=done) | evaluate(model, val, args, machine)
+            write_log(entry, args, machine)
+        if save and machine.rank == 0:
+            save_checkpoint(args.out, done, settings, model, optimizer, scaler)
     return entry
 
 
-def stop_if_diverged(loss, norm, scaler, step, lr):
-    """Fails before the optimizer moves, so that the last checkpoint is a good one. fp16's scaler skips a step
-    with infinite gradients and lowers its scale; the run has diverged only where that does not help."""
-    skipped = scaler.is_enabled() and scaler.get_scale() > 1e-4
-    if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
-        advice = f"resume with --grad_clip 1 (Table 4), or start again with --lr below {lr:.2e}"
-        fail(f"step {step + 1}: loss {loss}, gradient norm {norm}: the run has diverged; {advice}")
+def speed(seconds, config, args, machine):
+    """Of a step's seconds: tokens per second, and MFU, the share of the GPUs' peak that 3 x forward
+    FLOPs are; None where the peak, or a formula for the decoder, is unknown."""
+    k, n_m, _ = counts(args.seq_len, args.mask_rate, args.strategy)
+    forward, mfu = flops.forward(config, args.seq_len, n_m, k), None
+    if machine.peak and forward:
+        mfu = 3 * args.batch_size * forward / seconds / (machine.peak * machine.world)
+    return dict(tokens_per_s=round(args.batch_size * args.seq_len / seconds), mfu=mfu)
 
 
-def catch_signals():
-    """A list that Ctrl-C and SIGTERM are added to, so that the loop can finish its step and save."""
-    caught = []
-
-    def handler(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nfinishing this step, then saving; the same signal again stops at once\n")
-
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return caught
-
-
-def log(entry, config, machine):
-    """Append a line to log.jsonl, and show it."""
+def write_log(entry, args, machine):
+    """Append an entry to log.jsonl, and show it."""
     if machine.rank == 0:
-        with open(Path(config.out) / "log.jsonl", "a") as f:
+        with open(Path(args.out) / "log.jsonl", "a") as f:
             f.write(json.dumps(entry) + "\n")
-        machine.say(shown(entry))
+        machine.say(format_entry(entry))
 
 
-def shown(entry):
-    """The values of an entry of the log, but for those at the common masking rate, for people."""
+def format_entry(entry):
+    """An entry of the log for people, without what was evaluated at the common rate."""
     values = [(name, x) for name, x in entry.items() if x is not None and name[-3:] != "_15"]
-    return "  ".join(f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}" for name, x in values)
+    return "  ".join(f"{name} {x:,}" if type(x) is int else f"{name} {x:.4g}" for name, x in values)
 
 
-def validation_batches(data, config):
-    """{suffix of the names in the log: Corrupted}: the same rows at the run's own masking rate and at 15%,
-    with masks that are always the same, on every device."""
-    n, batches = config.seq_len, {}
-    indices = np.arange(min(config.eval_rows, data.n_rows("val", n)))
-    for suffix, rate in {"": config.mask_rate, "_15": COMMON_RATE}.items():
-        rows = torch.from_numpy(data.rows("val", indices, n, counts(n, rate, config.strategy)[0]))
+# Evaluation
+
+
+def validation_batches(data, args):
+    """{suffix of the names in the log: Corrupted}: the same rows at the run's own masking rate and
+    at 15%. The masks come from a fixed seed on the CPU: they are the same for all runs on all
+    devices."""
+    count, batches = min(args.eval_rows, data.n_rows("val", args.seq_len)), {}
+    rows = data.rows("val", np.arange(count), args.seq_len)
+    for suffix, rate in {"": args.mask_rate, "_15": COMMON_RATE}.items():
         masks = torch.Generator().manual_seed(0)
-        batches[suffix] = corrupt(rows, rate, config.strategy, vocab=data.vocab, generator=masks)
+        batches[suffix] = corrupted(rows, rate, args, data, masks)
     return batches
 
 
 @torch.no_grad()
-def evaluate(model, batches, config, machine):
-    """Validation losses in nats and perplexities, as an entry of the log. All processes share the work."""
+def evaluate(model, batches, args, machine):
+    """Validation losses in nats and perplexities, as an entry of the log. All processes share the
+    work."""
     model.eval()
-    entry, size = {}, config.micro_batch_size
+    entry, size = {}, args.micro_batch_size
     for suffix, batch in batches.items():
-        total = torch.zeros(batch.predict.size(1), dtype=torch.float64)  # (k,)
+        nats = torch.zeros(batch.predict.size(1), dtype=torch.float64)  # (k,)
         for at in range(machine.rank * size, len(batch.inputs), machine.world * size):
             with machine.autocast():
-                total += model(batch.rows(at, at + size, machine.device)).sum(0).cpu()
-        entry |= perplexities(torch.tensor(machine.sum(total)) / len(batch.inputs), batch, suffix)
+                nats += model(rows_of(batch, at, at + size, machine.device)).sum(0).cpu()
+        nats = torch.tensor(machine.sum(nats)) / len(batch.inputs)
+        entry |= perplexities(nats, batch, suffix)
     model.train()
     return entry
 
 
 def perplexities(nats, batch, suffix=""):
-    """Loss and perplexities of all tokens and of each kind; nats (k,): mean losses along batch.predict."""
-    n_m, n_r, k = batch.masked.size(1), batch.n_replaced, len(nats)
-    parts = (nats, *nats.split([n_m, n_r, k - n_m - n_r]))
+    """Loss and perplexities of all tokens and of each kind; nats (k,): mean losses at
+    batch.predict."""
+    n_m, n_replaced, k = batch.masked.size(1), batch.n_replaced, len(nats)
+    kinds = nats.split([n_m, n_replaced, k - n_m - n_replaced])
     entry = {f"val_loss{suffix}": float(nats.mean())}
-    for name, part in zip(("ppl", "ppl_masked", "ppl_replaced", "ppl_unchanged"), parts):
-        entry[name + suffix] = math.exp(min(float(part.mean()), 700)) if len(part) else None
+    for name, part in zip(("", "_masked", "_replaced", "_unchanged"), (nats, *kinds)):
+        entry[f"ppl{name}{suffix}"] = math.exp(min(part.mean(), 700)) if len(part) else None
     return entry
 
 
 @torch.no_grad()
-def fill(out, text):
-    """For each <mask> of a text, the five likeliest words by the run in `out`, as (word, probability)."""
-    config = Config(**json.loads((Path(out) / "config.json").read_text()))
-    model, state = MaskedLM(config).eval(), load_checkpoint(out)
-    model.load_state_dict((state or fail(f"{out}: there is no checkpoint"))["model"])
-    batch, tokenizer = masked_text(text, Path(config.data) / "tokenizer.json", config.n_positions)
-    best = model.logits(batch)[0].softmax(-1).topk(5)  # (n_m, 5)
-    words = [[tokenizer.decode([i]) for i in ids] for ids in best.indices.tolist()]
-    return [list(zip(*x)) for x in zip(words, best.values.tolist())]
+def fill(args):
+    """Print the five likeliest words for each <mask> of a text, by the run in --out."""
+    model, state = make_model(args).eval(), load_checkpoint(args.out)
+    if state is None:
+        raise UserError(f"{args.out}: there is no checkpoint")
+    model.load_state_dict(state["model"])
+    tokenizer, _ = load_tokenizer(Path(args.out) / "tokenizer.json")
+    tokenizer.encode_special_tokens = False  # here "<mask>" is no plain text
+    tokens = torch.tensor([tokenizer.encode(args.fill).ids])  # (1, n)
+    is_mask = tokens[0] == tokenizer.token_to_id("<mask>")
+    kept, masked = (~is_mask).nonzero().T, is_mask.nonzero().T  # (1, n_en), (1, n_m)
+    if not masked.numel() or tokens.numel() > args.n_positions:
+        raise UserError(f"--fill: give one <mask> or more, in at most {args.n_positions} tokens")
+    batch = Corrupted(tokens, kept, masked, masked, tokens.gather(1, masked), 0)
+    for scores in model.logits(batch)[0].softmax(-1):  # (V,)
+        best = [(tokenizer.decode([i]), p) for p, i in zip(*(x.tolist() for x in scores.topk(5)))]
+        print("  ".join(f"{word!r} {p:.1%}" for word, p in best))
 
 
 # Checkpoints
 
 
-def identity(config, data):
-    """What must not change when a run is resumed."""
-    run = {f.name: str(getattr(config, f.name)) for f in fields(Run)}
-    return run | {"data (SHA-256)": data.meta["sha256"]["train.bin"]}
-
-
-def save_checkpoint(parts, data, config, machine, done):
-    """Write ckpt.pt; the one before becomes ckpt.prev.pt. At any moment one of the two is complete."""
-    if machine.rank == 0:
-        out, state = Path(config.out), {name: part.state_dict() for name, part in parts.items()}
-        state |= dict(step=done, run=identity(config, data), log_bytes=os.path.getsize(out / "log.jsonl"))
-        with atomic(out / "ckpt.new.pt") as f:
-            torch.save(state, f)
-        if (out / "ckpt.pt").exists():
-            os.replace(out / "ckpt.pt", out / "ckpt.prev.pt")
-        os.replace(out / "ckpt.new.pt", out / "ckpt.pt")
+def save_checkpoint(out, done, settings, model, optimizer, scaler):
+    """Write ckpt.pt: whole, or the one before remains. settings: what makes the run this one."""
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
+    state = {name: part.state_dict() for name, part in parts.items()}
+    with atomic(Path(out) / "ckpt.pt") as f:
+        torch.save(state | dict(step=done, settings=settings), f)
 
 
 def load_checkpoint(out):
-    """The state in ckpt.pt, or in ckpt.prev.pt if that is damaged; None if there is no checkpoint."""
-    paths = [path for path in (Path(out) / "ckpt.pt", Path(out) / "ckpt.prev.pt") if path.exists()]
-    for path in paths:
-        with suppress(Exception):
-            if zipfile.ZipFile(path).testzip() is None:  # torch.load compares no checksums
-                return torch.load(path, map_location="cpu", weights_only=True)
-        print(f"warning: {path} is damaged", flush=True)
-    if paths:
-        fail(f"{' and '.join(map(str, paths))}: damaged; move them away to start from the beginning")
+    """The dict in ckpt.pt; None if there is no such file. Raises UserError if it is broken."""
+    path = Path(out) / "ckpt.pt"
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "settings" not in state:
+            raise ValueError("not of this train.py")
+    except BROKEN_FILE as e:
+        raise UserError(f"{path}: cannot be read ({e}); move it away to start again") from e
+    return state
 
 
-def resume(parts, data, config, machine):
-    """Load the checkpoint of config.out, if there is one. Returns the number of steps that are done."""
-    state, here = load_checkpoint(config.out), identity(config, data)
-    for name, old in state["run"].items() if state else ():
-        if here[name] != old:
-            fail(f"{config.out}: has a run with {name} {old}, not {here[name]}; choose another --out")
-    if machine.rank == 0 and not config.eval_only:  # what was logged after the checkpoint comes again
-        with open(Path(config.out) / "log.jsonl", "ab") as f:
-            f.truncate(min(f.tell(), state["log_bytes"]) if state else 0)
+def resume(args, settings, model, optimizer, scaler):
+    """Load the checkpoint of --out, if there is one. Returns the number of steps that are done."""
+    state = load_checkpoint(args.out)
     if state is None:
         return 0
-    for name, part in parts.items():
-        if state[name]:  # the scaler's is empty without fp16
-            part.load_state_dict(state[name])
+    for name, new in settings.items():
+        old = state["settings"].get(name)
+        if new != old:
+            raise UserError(
+                f"{args.out}: has a run with {name} {old}, not {new}; choose another --out"
+            )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if state["scaler"]:  # empty without fp16
+        scaler.load_state_dict(state["scaler"])
     return state["step"]
+
+
+def trim_log(path, first):
+    """Drop entries behind step `first`, which come again, and a last line that was cut short."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= first]
+    write(path, "".join(lines).encode())
+
+
+def read_config(out):
+    """The flags in config.json of a run, but for where it ran and what was done."""
+    path = Path(out) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("out", "device", "dtype", "eval_only", "fill"):
+            del config[name]
+    except BROKEN_FILE as e:
+        raise UserError(f"{path}: not of a run ({e}); --out must name the folder of one") from e
+    return config
 
 
 # The machine
 
-DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # FLOP/s of dense bf16 or fp16 products, by what a GPU's name contains
 PEAKS = {"H100 80GB": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12}
 
 
-@dataclass
 class Machine:
-    """This process: its rank among world processes, its device, and the precision of its products."""
+    """This process: its rank among `world` processes, its device, and the dtype of its products; by
+    default what torch finds, and the fastest dtype that it has. peak: FLOP/s of the GPU, or None.
+    Raises UserError."""
 
-    rank: int
-    world: int
-    device: torch.device
-    dtype: torch.dtype
+    def __init__(self, device="auto", dtype="auto"):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
+        kinds = (found.type, "cpu") if found else ("cpu",)
+        kind = kinds[0] if device == "auto" else device
+        if kind not in kinds:
+            raise UserError(f"--device {kind}: torch sees none here; use --device cpu")
+        best, self.peak = torch.float32, None
+        if kind == "cuda":
+            local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local_rank >= gpus:
+                raise UserError(f"--nproc_per_node: more processes than the {gpus} GPUs here")
+            torch.cuda.set_device(local_rank)
+            name = torch.cuda.get_device_name()
+            self.peak = next((peak for gpu, peak in PEAKS.items() if gpu in name), None)
+            best = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+        elif kind == "cpu":
+            tune_cpu()
+            best = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+        torch.set_float32_matmul_precision("high")
+        self.device, self.dtype = torch.device(kind), DTYPES.get(dtype, best)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
     def sum(self, values):
         """A list or vector of numbers, each summed over the processes; a list."""
-        values = torch.as_tensor(values, dtype=torch.float64)
+        values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
         if self.world > 1:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values.tolist()
 
     def say(self, text):
+        """Print a line above the progress bar, in the first process."""
         if self.rank == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with tqdm.external_write_mode():
+                print(text, flush=True)
 
 
-def this_machine(device, dtype):
-    """The Machine for this process, by default with the accelerator that torch sees and its best dtype."""
+def tune_cpu():
+    """Two settings that halve the time of a step (experiments/speed)."""
+    # For short rows SDPA's plain products are faster than its flash kernel. CPUs heed this flag too.
+    torch.backends.cuda.enable_flash_sdp(False)
+    # glibc maps and unmaps every large tensor, unless told never to map and never to trim.
     if platform.libc_ver()[0] == "glibc":
-        # By default every large tensor is mapped and unmapped, which is half of a CPU's step:
-        for parameter, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: never map; M_TRIM_THRESHOLD: never trim
-            ctypes.CDLL(None).mallopt(parameter, value)
-    torch.set_float32_matmul_precision("high")
-    auto = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    name = auto if device == "auto" else device
-    if name not in (auto, "cpu"):
-        fail(f"--device {name}: torch sees none here; use --device cpu")
-    best = torch.float32
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        best = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-    elif name == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        best = torch.bfloat16
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return Machine(rank, world, torch.device(name), DTYPES.get(dtype, best))
-
-
-def speed(seconds, config, machine):
-    """Tokens per second, and MFU: a step's FLOPs, 3 x forward, as a share of a known GPU's peak."""
-    k, n_m, _ = counts(config.seq_len, config.mask_rate, config.strategy)
-    work = 3 * config.batch_size * flops.forward(config, config.seq_len, n_m, k)
-    gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else ""
-    peak = next((peak for name, peak in PEAKS.items() if name in gpu), None)
-    mfu = work / seconds / (peak * machine.world) if peak else None
-    return dict(tokens_per_s=round(config.batch_size * config.seq_len / seconds), mfu=mfu)
+        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
 
 
 # The command
 
 
-def prepare_run(config, machine):
-    """Data and model of a run. Makes the default corpus where there is none yet."""
-    if config.seq_len > config.n_positions:
-        fail(f"--seq_len {config.seq_len}: must be at most n_positions, {config.n_positions}")
-    if config.batch_size % machine.world:
-        fail(f"--batch_size {config.batch_size}: must be a multiple of {machine.world}, the processes")
-    if config.data == Config.data and not (Path(config.data) / "meta.json").exists():
-        if machine.rank == 0:
-            machine.say(f"no data yet: preparing {config.data} from the docstrings of the installed Python")
-            prepare_default_data([])
-        if machine.world > 1:
-            dist.barrier()
-    data = Data(config.data)
-    config.vocab_size = data.vocab.size
-    torch.manual_seed(seed_of(config.seed, 4))
-    model = MaskedLM(config)
-    if config.init:
+def make_model(args):
+    """The MaskedLM of the flags, as it starts."""
+    torch.manual_seed(seed_of(args.seed, 4))
+    model = MaskedLM(ModelConfig(**{f.name: getattr(args, f.name) for f in fields(ModelConfig)}))
+    if args.init:
         try:
-            model.encoder.load_state_dict(load_pretrained(config.init)[1].state_dict())
+            model.encoder.load_state_dict(load_pretrained(args.init)[1].state_dict())
         except RuntimeError as e:
-            advice = "prepare the data with its tokenizer.json, and give no flags for the encoder's shape"
-            fail(f"--init {config.init}: {str(e).splitlines()[-1]}; {advice}")
-    return data, model.to(machine.device)
+            advice = "prepare the data with its tokenizer.json, and give no flags of its shape"
+            raise UserError(f"--init {args.init}: {e}; {advice}") from e
+    return model
+
+
+def open_data(args, machine):
+    """The folder --data. Prepares the default one if there is none yet."""
+    default = args.data == "data/python-docs" and not Path(args.data, "meta.json").exists()
+    if default and machine.rank == 0:
+        machine.say(f"preparing {args.data} from the docstrings of the installed Python")
+        prepare_default_data([])
+    machine.sum([0])  # the others wait for the first process
+    return Data(args.data)
+
+
+def run(args, machine):
+    """Start or resume a run, train, evaluate, export."""
+    if args.seq_len > args.n_positions:
+        raise UserError(f"--seq_len {args.seq_len}: longer than n_positions, {args.n_positions}")
+    if args.batch_size % machine.world:
+        raise UserError(f"--batch_size {args.batch_size}: no multiple of {machine.world} processes")
+    if args.compile is None:
+        args.compile = machine.device.type == "cuda"
+    data, out = open_data(args, machine), Path(args.out)
+    args.vocab_size = data.vocab_size
+    model = make_model(args).to(machine.device)
+    optimizer = make_optimizer(model, args.weight_decay)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
+    settings = {name: x for name, x in vars(args).items() if name not in MAY_DIFFER}
+    settings["data"] = data.meta
+    first, val = resume(args, settings, model, optimizer, scaler), validation_batches(data, args)
+    everyones = [(first, settings)] * machine.world
+    if machine.world > 1:
+        dist.all_gather_object(everyones, (first, settings))
+    if any(x != everyones[0] for x in everyones):
+        raise UserError("--data and --out differ between processes: they must be on a shared disk")
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    machine.say(f"{size} on {machine.world} x {machine.device}, {machine.dtype}; at step {first:,}")
+    if args.eval_only and first == 0:
+        raise UserError(f"--eval_only: there is no checkpoint in {out}")
+    if args.eval_only or first >= args.max_steps:
+        entry = dict(step=first) | evaluate(model, val, args, machine)
+    else:
+        if machine.rank == 0:
+            write(out / "config.json", json.dumps(vars(args), indent=1).encode())
+            write(out / "tokenizer.json", (data.directory / "tokenizer.json").read_bytes())
+            trim_log(out / "log.jsonl", first)
+        entry = train(model, optimizer, scaler, data, val, args, machine, settings, first)
+    if machine.rank == 0:
+        save_pretrained(model, out / "hf", out / "tokenizer.json")
+        nats = -torch.from_numpy(data.frequencies())[val[""].labels].log().mean(0)  # (k,)
+        machine.say(f"\nevaluation:          {format_entry(entry)}")
+        machine.say(f"word frequency only: {format_entry(perplexities(nats, val['']))}")
+        machine.say(f"{out}/hf: the encoder, for finetune.py and transformers; {out}/ckpt.pt: all")
 
 
 @command
 def main(argv):
-    recipes = "\n".join(f"  {name}: {values or 'those below'}" for name, values in RECIPES.items())
-    config = parse_flags(Config, argv, f"{__doc__}\nRecipes and their defaults:\n{recipes}", presets)
-    if config.fill is not None:
-        for words in fill(config.out, config.fill):
-            print("  ".join(f"{word!r} {p:.1%}" for word, p in words))
-        return
-    machine, out = this_machine(config.device, config.dtype), Path(config.out)
+    args = parse_flags(argv)
+    if args.fill is not None:
+        return fill(args)
+    machine = Machine(args.device, args.dtype)
     if machine.world > 1:
         dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
-    with lock(out) if machine.rank == 0 else nullcontext():
-        data, model = prepare_run(config, machine)
-        scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
-        parts = dict(model=model, optimizer=make_optimizer(model, config), scaler=scaler)
-        first = resume(parts, data, config, machine)
-        size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-        machine.say(f"{size} on {machine.world} x {machine.device}, {machine.dtype}; {first} steps are done")
-        val = validation_batches(data, config)
-        if config.eval_only or first >= config.max_steps:
-            if first == 0:
-                fail(f"--eval_only: there is no checkpoint in {out}")
-            entry = dict(step=first) | evaluate(model, val, config, machine)
-        else:
-            if machine.rank == 0:
-                write(out / "config.json", json.dumps(asdict(config), indent=1))
-            entry = train(parts, data, val, config, machine, first)
-        if machine.rank == 0:
-            save_pretrained(model, out / "hf", Path(config.data) / "tokenizer.json")
-            print(f"\nevaluation:          {shown(entry)}")
-            nats = -torch.from_numpy(data.frequencies())[val[""].labels].log()  # (B, k)
-            print(f"word frequency only: {shown(perplexities(nats.mean(0), val['']))}")
-            print(f"{out}/hf is the encoder, for finetune.py and transformers; {out}/ckpt.pt has everything")
+    run(args, machine)
+    if machine.world > 1:
+        dist.barrier()  # a process that ends while others still talk to it can make them abort
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
