@@ -31,7 +31,7 @@ import torch
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, processors
 from tqdm import tqdm
 
-from model import BOS, BROKEN_FILE, EOS, PAD, UNK, UserError, atomic, write
+from model import BOS, EOS, PAD, UNK, UserError, atomic, reading, write
 
 # Rows: prepared tokens -> batches
 
@@ -45,18 +45,14 @@ class Data:
 
     def __init__(self, directory):
         self.directory, self.tokens = Path(directory), {}
-        path = self.directory / "meta.json"
-        try:
-            self.meta = json.loads(path.read_text(encoding="utf-8"))
+        with reading(directory, "python data.py --input FILES --out DIRECTORY prepares a text"):
+            self.meta = json.loads((self.directory / "meta.json").read_text(encoding="utf-8"))
             self.vocab_size, self.mask_id = self.meta["vocab_size"], self.meta["mask_id"]
             for split, count in self.meta["tokens"].items():
                 path = self.directory / f"{split}.bin"
                 self.tokens[split] = np.memmap(path, self.meta["dtype"], "r")
                 if len(self.tokens[split]) != count:
-                    raise ValueError(f"not the {count:,} tokens that meta.json states")
-        except BROKEN_FILE as e:
-            advice = f"prepare the text: python data.py --input FILES --out {directory}"
-            raise UserError(f"{path}: {e}; {advice}") from e
+                    raise ValueError(f"{path} lacks some of its {count:,} tokens")
 
     def n_rows(self, split, n):
         count = len(self.tokens[split]) // (n - 2)
@@ -107,39 +103,28 @@ END = ""  # stands between documents
 def read_texts(files, doc, title):
     """Yields the lines of text files, each but a document's first with the newline before it, and
     END behind each document. No token goes on across the end of a line, so the tokens of the lines
-    are those of the document. Only in a line longer than LIMIT, which comes in parts, may a word
-    be cut."""
+    are those of the document. Only in a line longer than LIMIT, which comes in parts, may a word be
+    cut."""
     size = sum(map(os.path.getsize, files))
     bar = tqdm(desc=title, total=size, unit="B", unit_scale=True, disable=None)
     for path in files:
         started = within = False  # a document has started; the last part ended within its line
-        with open(path, encoding="utf-8-sig", newline="\n") as f:
-            while part := read_part(f, path):
+        f = open(path, encoding="utf-8-sig", newline="\n")
+        with f, reading(path, "convert it to UTF-8, for example by iconv"):
+            while part := f.readline(LIMIT):
                 bar.update(len(part.encode()))
                 text = part.rstrip() if part.endswith("\n") else part
-                if within or text.strip():
-                    text = "\n" + text if started and not within else text
-                    if text:  # it is empty where the last part ended just before the newline
-                        yield text
+                blank = not within and not text.strip()
+                if text and not blank:
+                    yield "\n" + text if started and not within else text
                     started = True
-                    ends = doc == "line" and part.endswith("\n")
-                else:
-                    ends = doc == "blank" and started
-                if ends:
+                within = not part.endswith("\n")
+                if started and (doc == "blank" and blank or doc == "line" and not within):
                     yield END
                     started = False
-                within = not part.endswith("\n")
         if started:
             yield END
     bar.close()
-
-
-def read_part(f, path):
-    try:
-        return f.readline(LIMIT)
-    except UnicodeDecodeError as e:
-        where = f"near byte {f.buffer.tell():,}"
-        raise UserError(f"{path}: not UTF-8 text {where}; convert it, for example by iconv") from e
 
 
 def write_tokens(texts, tokenizer, dtype, out, val_every):

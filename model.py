@@ -86,9 +86,8 @@ def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab_size, mask_id, gene
     # Sorting noise puts a row's positions in random order, its special tokens behind the others.
     noise = torch.rand(tokens.shape, generator=generator, device=tokens.device)
     order = noise.masked_fill(special, 2.0).argsort(dim=1)  # (B, n)
-    masked = order[:, :n_m].sort().values
-    replaced = order[:, n_m : n_m + n_replaced].sort().values
-    unchanged = order[:, n_m + n_replaced : k].sort().values
+    kinds = order[:, :k].split([n_m, n_replaced, k - n_m - n_replaced], dim=1)
+    masked, replaced, unchanged = (positions.sort().values for positions in kinds)
     kept = order[:, n_m:].sort().values  # replaced and unchanged tokens stay in the encoder's row
 
     words = torch.empty_like(replaced).random_(UNK + 1, vocab_size - 1, generator=generator)
@@ -119,9 +118,8 @@ class ModelConfig:
     def __post_init__(self):
         self.n_embd_dec = self.n_embd_dec or self.n_embd // 2
         self.norm = self.norm or ("pre" if self.decoder == "cross" else "post")
-        sizes = (self.vocab_size, self.n_positions, self.n_layer, self.n_embd, self.head_size)
-        if min(sizes) < 1 or not 0 <= self.dropout < 1:
-            raise UserError(f"sizes must be at least 1 and dropout below 1 in {self}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}, must be below 1")
         for width in [self.n_embd] if self.decoder == "none" else [self.n_embd, self.n_embd_dec]:
             if width % self.head_size:
                 raise UserError(f"head_size is {self.head_size}, no divisor of the width {width}")
@@ -437,7 +435,7 @@ def load_pretrained(directory, n_classes=None):
     a folder has no decoder. Raises UserError, which names the file that is missing or does not
     fit."""
     directory = Path(directory)
-    try:
+    with reading(directory / "config.json", "it must be of a RoBERTa encoder"):
         hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         config = ModelConfig(
             vocab_size=hf["vocab_size"], n_positions=hf["max_position_embeddings"] - 2,
@@ -447,22 +445,18 @@ def load_pretrained(directory, n_classes=None):
             dropout=hf["hidden_dropout_prob"])  # fmt: skip
         for name, expected in hf_config(config).items():
             if hf.get(name, expected) != expected:
-                raise UserError(f"{name} is {hf[name]!r}, must be {expected!r}")
-    except (*BROKEN_FILE, ZeroDivisionError) as e:
-        raise UserError(f"{directory}/config.json: not one of a RoBERTa encoder ({e})") from e
-    model, state, weights = Classifier(config, n_classes or 1), {}, read_weights(directory)
-    prefix = HF_MODELS[config.norm] + "."  # which the weights of a RobertaModel lack
-    weights = {name.removeprefix(prefix): p.float() for name, p in weights.items()}
-    try:
+                raise ValueError(f"{name} is {hf[name]!r}, must be {expected!r}")
+        model = Classifier(config, n_classes or 1)
+    prefix, state = HF_MODELS[config.norm] + ".", {}  # a RobertaModel's weights lack that prefix
+    weights = {name.removeprefix(prefix): p for name, p in read_weights(directory).items()}
+    with reading(directory, "the weights must fit config.json"):
         for name in model.state_dict():
             if n_classes or name.startswith("encoder."):
-                state[name] = weights[hf_name(name, config.norm)]
+                state[name] = weights[hf_name(name, config.norm)].float()
         # All tokens are of one type, so the embedding of that type belongs to every position.
         token_type = weights.get(HF_TOKEN_TYPE, torch.zeros(1, 1))
         state["encoder.pos.weight"] = state["encoder.pos.weight"][2:] + token_type
         model.load_state_dict(state, strict=False)
-    except (KeyError, RuntimeError) as e:
-        raise UserError(f"{directory}: the weights do not fit config.json ({e})") from e
     return config, model if n_classes else model.encoder
 
 
@@ -475,21 +469,25 @@ def read_weights(directory):
         raise UserError(f"{directory}: contains no model.safetensors and no pytorch_model.bin")
     weights = {}
     for path in files:
-        try:
+        with reading(path):
             if path.suffix == ".bin":
                 weights |= torch.load(path, map_location="cpu", weights_only=True)
             else:
                 weights |= safetensors.torch.load_file(path)
-        except BROKEN_FILE as e:
-            raise UserError(f"{path}: cannot be read ({e})") from e
     return weights
 
 
 # Files
 
-# What reading a broken or foreign file raises. A lack of memory, say, is not among them.
-BROKEN_FILE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError,
-               pickle.UnpicklingError, safetensors.SafetensorError)  # fmt: skip
+
+@contextmanager
+def reading(path, advice="is it the right file?"):
+    """Turns what a broken or foreign file raises into a UserError; a lack of memory is not that."""
+    errors = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError)
+    try:
+        yield
+    except (*errors, pickle.UnpicklingError, safetensors.SafetensorError) as e:
+        raise UserError(f"{path}: cannot be read ({e}); {advice}") from e
 
 
 @contextmanager

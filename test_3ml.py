@@ -332,7 +332,7 @@ def test_saved_classifier_is_transformers(norm, tmp_path):
     assert theirs.config.label2id == {"yes": 0, "no": 1, "perhaps": 2}
     for ours in (net, m.load_pretrained(tmp_path, 3)[1].eval()):
         close(ours(tokens, mask), logits)
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="must fit config.json"):
         m.load_pretrained(tmp_path, 2)
 
 
@@ -451,8 +451,7 @@ def test_autotokenizer_gives_our_ids_and_truncates_pairs_alike(encoder_folder):
     ):
         for n in (8, 17, 18, 30, 31, 500):  # cut at the end of the longer text
             expected = theirs(*pair, truncation="longest_first", max_length=n)["input_ids"]
-            cut = len(theirs(*pair)["input_ids"]) > n
-            assert ft.encode([pair], ours, n) == ([expected], cut)
+            assert ft.encode([pair], ours, n) == [expected]
 
 
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
@@ -506,10 +505,9 @@ def test_table_3(capsys):
     """Speed-ups: ours to two digits, worked out by hand from Appendix D, and the paper's; Figure 5."""
     flops.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    rows = [line[3:] for line in lines if len(line) == 5 and line[0].startswith(("3ML", "Ro"))]
-    ours, paper = zip(*rows)
-    assert ours == ("1.34", "1.46", "1.36", "1.00", "1.22", "1.00", "1.28", "1.00", "1.00")
-    assert paper == ("1.34", "1.47", "1.37", "1.00", "1.22", "1.00", "1.28", "1.00", "1.00")
+    ours, paper = zip(*(line[1:] for line in lines if line and line[0].startswith(("3ML", "24h"))))
+    assert ours == ("0.96", "1.34", "1.46", "1.36", "1.22", "1.00", "1.28", "1.00", "1.00")
+    assert paper == ("1.00", "1.34", "1.47", "1.37", "1.22", "1.00", "1.28", "1.00", "1.00")
     assert ["50%", "1.46", "1.48"] in lines
 
 
@@ -666,10 +664,10 @@ def test_a_finished_run_is_evaluated_and_not_changed(corpus, tmp_path, capsys):
     train.main([*argv, "--eval_rows", "8"])  # may differ; these may not:
     for field, value in dict(lr=0.5, decoder="cross", seed=1, strategy=(1, 0, 0)).items():
         changed = arguments(corpus, tmp_path, **{field: value})
-        refused(capsys, f"has a run with {field} ", train.main, changed)
+        refused(capsys, f"its run has {field} ", train.main, changed)
     tokenizer = corpus / "tokenizer.json"
     other = prepared(tmp_path, ["the cat sat " * 50] * 9, tokenizer=tokenizer).directory
-    refused(capsys, "has a run with data ", train.main, arguments(other, tmp_path))
+    refused(capsys, "its run has data ", train.main, arguments(other, tmp_path))
     assert before == ((tmp_path / "ckpt.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes())
 
 
@@ -979,13 +977,16 @@ def test_readers_of_all_tasks(name, tmp_path):
         assert list(found) == (
             [0, 3.2, 5] if name == "STS-B" else [i % len(labels) for i in range(3)]
         )
+    old_mac = tmp_path / "old_mac.tsv"
+    old_mac.write_bytes(path.read_bytes().replace(b"\n", b"\r"))
+    assert equal(ft.read_split(old_mac, task)[0], texts)
     path.write_bytes(path.read_bytes() + b"one field\n")
     if name == "QQP":  # its training file has such rows; of a test file, none may be lost
         assert len(ft.read_split(path, task)[0]) == 3
     with pytest.raises(UserError, match=f"{path}: line {4 + bool(head)} has 1 fields"):
         ft.read_split(path, task, labelled=name != "QQP")
     write_task(tmp_path, name, [*rows[:2], (*rows[2][:2], "what")])
-    with pytest.raises(UserError, match="label 'what'"):
+    with pytest.raises(UserError, match="line 3|line 4"):
         ft.read_split(path, task)
 
 
@@ -1106,12 +1107,7 @@ def test_an_interrupted_sweep_makes_each_run_exactly_once(
     tasks = [summary["score"] for summary in results["summary"].values()]
     assert len(tasks) == 3 and math.isclose(results["average"], sum(tasks) / 3)
     said = capsys.readouterr().out
-    for words in (
-        "QNLI/train.tsv is missing",
-        "average of 3 tasks",
-        "test_mismatched.tsv is missing",
-    ):
-        assert words in said
+    assert "average of 3 tasks" in said and "test_mismatched.tsv is missing" in said
     answers = {}
     for path in (out / "predictions").iterdir():
         header, *lines = (line.split("\t") for line in path.read_text().splitlines())
@@ -1172,8 +1168,8 @@ def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
     texts = {"ok.txt": "a b\n\nc d\n\ne f\n", "empty.txt": "", "one.txt": "a single document\n",
              "wiki.txt": "one line\n" * 99 + "\nmore\n", "not.json": "{"}  # fmt: skip
     tasks = {"RTE": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n", "head": "text\tlabel\na\tx\nb\ty\n",
-             "label": head + "a\tx\nb\n", "dev": head + rows, "nan": head + "a\t1.5\nb\tnan\n",
-             "none": head + "a\tx\nb\t\n", "cr": (head + rows * 999).replace("\n", "\r"),
+             "label": head + "a\tx\nb\n", "dev": head + rows, "nan": head + "a\t1.5\nb\tx\n",
+             "none": head + "a\tx\nb\t\n",
              "float": head + "".join(f"a\t{i / 7}\n" for i in range(999)), "json": head + rows}  # fmt: skip
     for name, text in tasks.items():
         Path("glue", name).mkdir(parents=True)
@@ -1202,13 +1198,13 @@ def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
 BAD = {
     data: ("--input=ok.txt --out=n", [
         ("--input none.txt", "none.txt"), ("--input empty.txt", "empty.txt: 0 doc"),
-        ("--input latin.txt", "latin.txt: not UTF-8"), ("--input one.txt", "one.txt: 1 document"),
+        ("--input latin.txt", "latin.txt: cannot be read"), ("--input one.txt", "one.txt: 1 document"),
         ("--input wiki.txt", "wiki.txt: 2 documents"), ("--frob", "--frob"), ("--doc page", "--doc"),
         ("--val_every 0", "--val_every"), ("--val_every 1", "--val_every"), ("--out ok.txt/o", "ok.txt"),
         ("--tokenizer not.json", "not.json"), ("--vocab_size 3", "--vocab_size 3: must be at least 261"),
     ]),
     train: ("--data=data --out=n --seq_len=16 --max_steps=1 --device=cpu --n_layer=1 --n_embd=128", [
-        ("--data no", "no/meta.json"), ("--data short", "short/train.bin"), ("--data meta", "meta/meta"),
+        ("--data no", "no/meta.json"), ("--data short", "short/train.bin"), ("--data meta", "meta: "),
         ("--seq_len 5000", "val.bin: too short"), ("--n_positions 8", "--seq_len 16"),
         ("--init bert", "bert/config.json"), ("--init heads", "heads/config.json"), ("--dropout 1", "dropout"),
         ("--mask_rate 2", "mask_rate is 2"), ("--mask_rate 0", "mask_rate is 0"), ("--lr -1", "--lr"),
@@ -1217,10 +1213,10 @@ BAD = {
         ("--device abacus", "--device"), ("--init evil", "evil/pytorch_model"), ("--n_lay 2", "--n_lay"),
     ]),
     ft: ("--init=hf --out=o --glue=glue --task=RTE", [
-        ("--glue nothing", "nothing"), ("--task XYZ", "XYZ/train.tsv"), ("--max_len 500", "--max_len 500"),
+        ("--glue nothing", "nothing"), ("--task XYZ", "XYZ/train.tsv"), ("--max_len 0", "--max_len"),
         ("--task RTE", "RTE/train.tsv: line 2"), ("--task label", "label/train.tsv"), ("--lr x", "--lr"),
         ("--task head", "head/train.tsv: line 1"), ("--task dev", "dev/dev.tsv: line 2"),
-        ("--task nan --regression", "nan/train.tsv: line 3"), ("--task cr", "cr/train.tsv: line 1"),
+        ("--task nan --regression", "nan/train.tsv: line 3"),
         ("--task none", "none/train.tsv"), ("--task float", "--regression"), ("--init words", "words: "),
         ("--task json", "o/json/results.jsonl"), ("--task head --task json", "o/json/results.jsonl"),
     ]),

@@ -35,8 +35,8 @@ from tqdm import tqdm
 import flops
 from data import Data, Parser, amount, command, count, load_tokenizer, seed_of
 from data import main as prepare_default_data
-from model import BROKEN_FILE, DECODERS, Corrupted, MaskedLM, ModelConfig, UserError
-from model import atomic, corrupt, counts, load_pretrained, save_pretrained, write
+from model import DECODERS, Corrupted, MaskedLM, ModelConfig, UserError
+from model import atomic, corrupt, counts, load_pretrained, reading, save_pretrained, write
 
 # Table 4's recipes, and one of ours for a first look
 RECIPES = {
@@ -52,13 +52,11 @@ RECIPES = {
         batch_size=2048, micro_batch_size=64, max_steps=125_000, lr=7e-4, eval_every=1000,
         save_every=1000),
 }  # fmt: skip
-# Flags that may differ when a run is resumed. Any other makes it another run, and so does other data.
+# Flags that may differ when a run is resumed. All others, and the data, must be the same.
 MAY_DIFFER = (
     "recipe", "data", "out", "max_steps", "grad_clip", "micro_batch_size", "log_every", "eval_every",
     "eval_rows", "save_every", "device", "dtype", "compile", "eval_only", "fill")  # fmt: skip
-COMMON_RATE = (
-    0.15  # losses at different masking rates do not compare, so all are evaluated here too
-)
+COMMON_RATE = 0.15  # all runs are evaluated here too: losses at different rates do not compare
 
 
 def parse_flags(argv):
@@ -137,8 +135,9 @@ def lr_at(step, lr, warmup, max_steps):
 
 def make_optimizer(model, weight_decay):
     """AdamW, with weight decay on matrices only, as in 24hBERT (fairseq decays everything)."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices, vectors = [], []
+    for p in model.parameters():
+        (matrices if p.dim() >= 2 else vectors).append(p)
     groups = [
         dict(params=matrices, weight_decay=weight_decay),
         dict(params=vectors, weight_decay=0.0),
@@ -306,10 +305,8 @@ def perplexities(nats, batch, suffix=""):
 @torch.no_grad()
 def fill(args):
     """Print the five likeliest words for each <mask> of a text, by the run in --out."""
-    model, state = make_model(args).eval(), load_checkpoint(args.out)
-    if state is None:
-        raise UserError(f"{args.out}: there is no checkpoint")
-    model.load_state_dict(state["model"])
+    model = make_model(args).eval()
+    model.load_state_dict(load_checkpoint(args.out)["model"])
     tokenizer, _ = load_tokenizer(Path(args.out) / "tokenizer.json")
     tokenizer.encode_special_tokens = False  # here "<mask>" is no plain text
     tokens = torch.tensor([tokenizer.encode(args.fill).ids])  # (1, n)
@@ -318,9 +315,9 @@ def fill(args):
     if not masked.numel() or tokens.numel() > args.n_positions:
         raise UserError(f"--fill: give one <mask> or more, in at most {args.n_positions} tokens")
     batch = Corrupted(tokens, kept, masked, masked, tokens.gather(1, masked), 0)
-    for scores in model.logits(batch)[0].softmax(-1):  # (V,)
-        best = [(tokenizer.decode([i]), p) for p, i in zip(*(x.tolist() for x in scores.topk(5)))]
-        print("  ".join(f"{word!r} {p:.1%}" for word, p in best))
+    for shares in model.logits(batch)[0].softmax(-1):  # (V,)
+        best = [(tokenizer.decode([i]), shares[i]) for i in shares.topk(5).indices]
+        print("  ".join(f"{word!r} {share:.1%}" for word, share in best))
 
 
 # Checkpoints
@@ -335,30 +332,24 @@ def save_checkpoint(out, done, settings, model, optimizer, scaler):
 
 
 def load_checkpoint(out):
-    """The dict in ckpt.pt; None if there is no such file. Raises UserError if it is broken."""
+    """The dict in ckpt.pt. Raises UserError if it is missing or broken."""
     path = Path(out) / "ckpt.pt"
-    if not path.exists():
-        return None
-    try:
+    with reading(path, "move it away to start from the beginning"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "settings" not in state:
             raise ValueError("not of this train.py")
-    except BROKEN_FILE as e:
-        raise UserError(f"{path}: cannot be read ({e}); move it away to start again") from e
     return state
 
 
-def resume(args, settings, model, optimizer, scaler):
-    """Load the checkpoint of --out, if there is one. Returns the number of steps that are done."""
-    state = load_checkpoint(args.out)
-    if state is None:
+def resume(out, settings, model, optimizer, scaler):
+    """Load the checkpoint of a run, if there is one. Returns the number of steps that are done."""
+    if not (Path(out) / "ckpt.pt").exists():
         return 0
+    state = load_checkpoint(out)
     for name, new in settings.items():
         old = state["settings"].get(name)
         if new != old:
-            raise UserError(
-                f"{args.out}: has a run with {name} {old}, not {new}; choose another --out"
-            )
+            raise UserError(f"{out}: its run has {name} {old}, not {new}; choose another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty without fp16
@@ -376,12 +367,10 @@ def trim_log(path, first):
 def read_config(out):
     """The flags in config.json of a run, but for where it ran and what was done."""
     path = Path(out) / "config.json"
-    try:
+    with reading(path, "--out must name the folder of a run"):
         config = json.loads(path.read_text(encoding="utf-8"))
         for name in ("out", "device", "dtype", "eval_only", "fill"):
             del config[name]
-    except BROKEN_FILE as e:
-        raise UserError(f"{path}: not of a run ({e}); --out must name the folder of one") from e
     return config
 
 
@@ -399,14 +388,12 @@ class Machine:
 
     def __init__(self, device="auto", dtype="auto"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
-        kinds = (found.type, "cpu") if found else ("cpu",)
-        kind = kinds[0] if device == "auto" else device
-        if kind not in kinds:
+        best, found, self.peak = torch.float32, "cpu", None
+        if torch.accelerator.is_available():
+            found = torch.accelerator.current_accelerator().type
+        kind = found if device == "auto" else device
+        if kind not in (found, "cpu"):
             raise UserError(f"--device {kind}: torch sees none here; use --device cpu")
-        best, self.peak = torch.float32, None
         if kind == "cuda":
             local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             if local_rank >= gpus:
@@ -417,12 +404,16 @@ class Machine:
             best = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
         elif kind == "cpu":
             tune_cpu()
-            best = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+            best = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else best
         torch.set_float32_matmul_precision("high")
         self.device, self.dtype = torch.device(kind), DTYPES.get(dtype, best)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
+
+    def scaler(self):
+        """fp16's gradients are scaled; for other dtypes, this does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def sum(self, values):
         """A list or vector of numbers, each summed over the processes; a list."""
@@ -441,7 +432,7 @@ class Machine:
 
 def tune_cpu():
     """Two settings that halve the time of a step (experiments/speed)."""
-    # For short rows SDPA's plain products are faster than its flash kernel. CPUs heed this flag too.
+    # For short rows SDPA's plain products are faster than its flash kernel. CPUs heed the flag too.
     torch.backends.cuda.enable_flash_sdp(False)
     # glibc maps and unmaps every large tensor, unless told never to map and never to trim.
     if platform.libc_ver()[0] == "glibc":
@@ -458,11 +449,9 @@ def make_model(args):
     torch.manual_seed(seed_of(args.seed, 4))
     model = MaskedLM(ModelConfig(**{f.name: getattr(args, f.name) for f in fields(ModelConfig)}))
     if args.init:
-        try:
+        advice = "prepare the data with its tokenizer.json, and give no flags of its shape"
+        with reading(f"--init {args.init}", advice):
             model.encoder.load_state_dict(load_pretrained(args.init)[1].state_dict())
-        except RuntimeError as e:
-            advice = "prepare the data with its tokenizer.json, and give no flags of its shape"
-            raise UserError(f"--init {args.init}: {e}; {advice}") from e
     return model
 
 
@@ -488,10 +477,10 @@ def run(args, machine):
     args.vocab_size = data.vocab_size
     model = make_model(args).to(machine.device)
     optimizer = make_optimizer(model, args.weight_decay)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
+    scaler = machine.scaler()
     settings = {name: x for name, x in vars(args).items() if name not in MAY_DIFFER}
     settings["data"] = data.meta
-    first, val = resume(args, settings, model, optimizer, scaler), validation_batches(data, args)
+    first, val = resume(out, settings, model, optimizer, scaler), validation_batches(data, args)
     everyones = [(first, settings)] * machine.world
     if machine.world > 1:
         dist.all_gather_object(everyones, (first, settings))
