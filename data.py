@@ -31,7 +31,7 @@ import torch
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, processors
 from tqdm import tqdm
 
-from model import BOS, EOS, PAD, UNK, UserError, atomic, reading, write
+from model import BOS, EOS, PAD, UNK, UserError, atomic, reading, write, write_json
 
 # Rows: prepared tokens -> batches
 
@@ -172,7 +172,7 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val_every
     if meta["unknown"] > 0.02 * train:
         print(f"warning: {meta['unknown']:,} tokens are <unk>; the tokenizer does not fit the text")
     meta |= dict(vocab_size=V, mask_id=tokenizer.token_to_id("<mask>"), dtype=dtype.name)
-    write(out / "meta.json", json.dumps(meta, indent=1).encode())
+    write_json(out / "meta.json", meta)
     print(f"{out}: {V:,} words, {size}")
 
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import Parser, amount, command, count, load_tokenizer
 from model import BOS, EOS, PAD, Classifier, UserError
-from model import load_pretrained, reading, save_pretrained, write
+from model import load_pretrained, reading, save_pretrained, write, write_json
 from train import DTYPES, Machine, lr_at, make_optimizer, update
 
 # Metrics of predictions p and labels y, arrays; an undefined metric is 0
@@ -326,7 +326,7 @@ def report(out):
         print(f"{path.parent.name:<7}{scores}  seeds {s['seeds']}  collapsed {s['collapsed']}")
     average = statistics.mean(s["score"] for s in summary.values())
     results = dict(summary=summary, average=average, definition=AVERAGE)
-    write(out / "results.json", json.dumps(results, indent=1).encode())
+    write_json(out / "results.json", results)
     print(f"average of {len(summary)} tasks: {100 * average:.1f} ({AVERAGE})")
 
 

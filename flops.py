@@ -54,8 +54,8 @@ def bridge(n_en, d_en, d_de):
     return 2 * n_en * d_en * d_de if d_en != d_de else 0
 
 
-# A training run. Forward and backward count as 2 x forward, as in the paper; for ratios this does not
-# matter. n_masked, the [MASK]s of a row, is 0.8rn unless given.
+# A training run. Forward and backward count as 2 x forward, as in the paper; ratios are the same
+# with any factor. n_masked, the [MASK]s of a row, is 0.8rn unless given.
 
 
 def roberta(b, u, l, n, d, r, V):

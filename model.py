@@ -192,8 +192,8 @@ class Transformer(nn.Module):
 
 def init_weights(module):
     """N(0, 0.02) for embeddings, as in BERT. The matrix of a linear layer with d inputs starts at
-    N(0, 0.02 sqrt(768 / d)): BERT's 0.02 in BERT-base, but 0.05 in a decoder of width 128, which 0.02
-    would leave with little to learn from (experiments/init)."""
+    N(0, 0.02 sqrt(768 / d)): BERT's 0.02 in BERT-base, but 0.05 in a decoder of width 128, which
+    0.02 would leave with little to learn from (experiments/init)."""
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
@@ -423,9 +423,9 @@ def save_pretrained(model, directory, tokenizer_file=None):
             tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.n_positions,
             bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
             pad_token="<pad>", unk_token="<unk>", mask_token="<mask>")  # fmt: skip
-        write(directory / "tokenizer_config.json", json.dumps(tokenizer_config, indent=1).encode())
+        write_json(directory / "tokenizer_config.json", tokenizer_config)
     write(directory / "model.safetensors", safetensors.torch.save(weights, {"format": "pt"}))
-    write(directory / "config.json", json.dumps(settings, indent=1).encode())
+    write_json(directory / "config.json", settings)
     (directory / "pytorch_model.bin").unlink(missing_ok=True)  # of an older export
 
 
@@ -511,3 +511,7 @@ def write(path, content):
     """Write a file of bytes, whole or not at all."""
     with atomic(path) as f:
         f.write(content)
+
+
+def write_json(path, value):
+    write(path, json.dumps(value, indent=1).encode())

@@ -35,8 +35,8 @@ from tqdm import tqdm
 import flops
 from data import Data, Parser, amount, command, count, load_tokenizer, seed_of
 from data import main as prepare_default_data
-from model import DECODERS, Corrupted, MaskedLM, ModelConfig, UserError
-from model import atomic, corrupt, counts, load_pretrained, reading, save_pretrained, write
+from model import DECODERS, Corrupted, MaskedLM, ModelConfig, UserError, atomic, corrupt, counts
+from model import load_pretrained, reading, save_pretrained, write, write_json
 
 # Table 4's recipes, and one of ours for a first look
 RECIPES = {
@@ -54,8 +54,9 @@ RECIPES = {
 }  # fmt: skip
 # Flags that may differ when a run is resumed. All others, and the data, must be the same.
 MAY_DIFFER = (
-    "recipe", "data", "out", "max_steps", "grad_clip", "micro_batch_size", "log_every", "eval_every",
-    "eval_rows", "save_every", "device", "dtype", "compile", "eval_only", "fill")  # fmt: skip
+    "recipe", "data", "out", "max_steps", "grad_clip", "micro_batch_size", "log_every",
+    "eval_every", "eval_rows", "save_every", "device", "dtype", "compile", "eval_only", "fill",
+)  # fmt: skip
 COMMON_RATE = 0.15  # all runs are evaluated here too: losses at different rates do not compare
 
 
@@ -481,11 +482,11 @@ def run(args, machine):
     settings = {name: x for name, x in vars(args).items() if name not in MAY_DIFFER}
     settings["data"] = data.meta
     first, val = resume(out, settings, model, optimizer, scaler), validation_batches(data, args)
-    everyones = [(first, settings)] * machine.world
     if machine.world > 1:
+        everyones = [None] * machine.world
         dist.all_gather_object(everyones, (first, settings))
-    if any(x != everyones[0] for x in everyones):
-        raise UserError("--data and --out differ between processes: they must be on a shared disk")
+        if everyones.count((first, settings)) < machine.world:
+            raise UserError("--data and --out differ between processes; they must share a disk")
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     machine.say(f"{size} on {machine.world} x {machine.device}, {machine.dtype}; at step {first:,}")
     if args.eval_only and first == 0:
@@ -494,7 +495,7 @@ def run(args, machine):
         entry = dict(step=first) | evaluate(model, val, args, machine)
     else:
         if machine.rank == 0:
-            write(out / "config.json", json.dumps(vars(args), indent=1).encode())
+            write_json(out / "config.json", vars(args))
             write(out / "tokenizer.json", (data.directory / "tokenizer.json").read_bytes())
             trim_log(out / "log.jsonl", first)
         entry = train(model, optimizer, scaler, data, val, args, machine, settings, first)

@@ -57,7 +57,9 @@ def main():
         parts.append(arrow(x + i * CELL + 23, 328, 293))
     for i in (1, 3, 5):
         parts.append(arrow(x + i * CELL + 23, 128, 88))
-        parts.append(box(x + i * CELL - 4, 60, CELL + 4, 26, WORDS[i], GREEN if i == 1 else RED, 11))
+        parts.append(
+            box(x + i * CELL - 4, 60, CELL + 4, 26, WORDS[i], GREEN if i == 1 else RED, 11)
+        )
     # 3MLself
     x, w = 460, 6 * CELL - GAP
     parts += [label(x + 4 * CELL, 24, "3MLself: [MASK]s join a small decoder", 15)]
@@ -72,7 +74,9 @@ def main():
         if j > 1:
             parts.append(arrow(x + j * CELL + 23, 198, 151))
         parts.append(arrow(x + j * CELL + 23, 110, 88))
-        parts.append(box(x + j * CELL - 1, 60, CELL - 2, 26, WORDS[i], GREEN if i == 1 else RED, 10))
+        parts.append(
+            box(x + j * CELL - 1, 60, CELL - 2, 26, WORDS[i], GREEN if i == 1 else RED, 10)
+        )
     # 3MLcross
     x = 900
     parts += [label(x + 4 * CELL, 24, "3MLcross: [MASK]s look at the latents", 15)]
@@ -95,7 +99,9 @@ def main():
     parts.append(arrow(x + CELL + 23, 188, 88))
     parts.append(box(x + CELL - 4, 60, CELL + 2, 26, WORDS[1], GREEN, 11))
     parts += [label(460, 400, "grey: kept as it is", 12, "start")]
-    parts += [label(620, 400, "green: replaced at random, predicted, kept in the encoder", 12, "start")]
+    parts += [
+        label(620, 400, "green: replaced at random, predicted, kept in the encoder", 12, "start")
+    ]
     parts += [label(1010, 400, "red: [MASK], predicted, not in 3ML's encoder", 12, "start")]
     parts += [label(20, 400, "numbers: positions", 12, "start")]
     svg = (

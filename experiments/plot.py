@@ -1,10 +1,11 @@
-"""Draws runs of train.py side by side: loss and masked perplexity against steps, tokens, FLOPs and seconds.
+"""Draws runs of train.py side by side: loss and masked perplexity against steps, tokens, FLOPs and
+seconds.
 
     python experiments/plot.py out/a out/b                              writes plot.svg
-    python experiments/plot.py out/tiny --file tiny.png --show loss ppl_masked --against steps --unigram 626
+    python experiments/plot.py out/tiny --file tiny.png --show ppl_masked --against steps
 
-A run is a folder with log.jsonl and config.json. FLOPs are 3 x flops.forward; seconds are those of training.
-"""
+A run is a folder with log.jsonl and config.json. FLOPs are 3 x flops.forward; seconds are those of
+training."""
 
 import argparse
 import json
@@ -15,32 +16,40 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train import Config, counts, flops  # noqa: E402
+import flops  # noqa: E402
+import train  # noqa: E402
+from model import counts  # noqa: E402
 
 SHOW = dict(
-    loss="training loss (nats)", ppl_masked="masked perplexity", ppl_masked_15="masked perplexity at 15%"
+    loss="training loss (nats)",
+    ppl_masked="masked perplexity",
+    ppl_masked_15="masked perplexity at 15%",
 )
 AGAINST = ("steps", "tokens", "FLOPs", "seconds")
 
 
 def read_run(folder):
     """The lines of a run's log, with "steps", "tokens", "FLOPs" and "seconds" in each."""
-    config = Config(**json.loads((Path(folder) / "config.json").read_text()))
-    k, n_m, _ = counts(config.seq_len, config.mask_rate, config.strategy)
-    work = 3 * config.batch_size * flops.forward(config, config.seq_len, n_m, k)
-    entries, step, seconds, tokens = [], 0, 0.0, config.batch_size * config.seq_len
+    args = argparse.Namespace(**json.loads((Path(folder) / "config.json").read_text()))
+    k, n_m, _ = counts(args.seq_len, args.mask_rate, args.strategy)
+    config = train.make_model(args).config
+    work = 3 * args.batch_size * flops.forward(config, args.seq_len, n_m, k)
+    entries, step, seconds, tokens = [], 0, 0.0, args.batch_size * args.seq_len
     for line in (Path(folder) / "log.jsonl").read_text().splitlines():
         entry = json.loads(line)
         if "tokens_per_s" in entry:
             seconds += (entry["step"] - step) * tokens / entry["tokens_per_s"]
             step = entry["step"]
-        entry |= dict(steps=entry["step"], tokens=entry["step"] * tokens, FLOPs=entry["step"] * work)
+        entry |= dict(
+            steps=entry["step"], tokens=entry["step"] * tokens, FLOPs=entry["step"] * work
+        )
         entries.append(entry | dict(seconds=seconds))
     return entries
 
 
 def draw(panel, runs, key, x, unigram):
-    """One panel: a value of the log against x. The loss, which is one step's, as a mean of nine lines."""
+    """One panel: a value of the log against x. The loss, which is one step's, as a mean of nine
+    lines."""
     for name, entries in runs.items():
         points = [(e[x], e[key]) for e in entries if e.get(key) is not None]
         xs, ys = zip(*points) if points else ((), ())
@@ -62,12 +71,20 @@ def main():
     )
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--file", default="plot.svg", help="picture to write (default: plot.svg)")
-    parser.add_argument("--show", nargs="+", choices=SHOW, default=list(SHOW), help="default: all three")
-    parser.add_argument("--against", nargs="+", choices=AGAINST, default=AGAINST, help="default: all four")
-    parser.add_argument("--unigram", type=float, help="perplexity of word frequencies alone: a dashed line")
+    parser.add_argument(
+        "--show", nargs="+", choices=SHOW, default=list(SHOW), help="default: all three"
+    )
+    parser.add_argument(
+        "--against", nargs="+", choices=AGAINST, default=AGAINST, help="default: all four"
+    )
+    parser.add_argument(
+        "--unigram", type=float, help="perplexity of word frequencies alone: a dashed line"
+    )
     args = parser.parse_args()
     runs = {folder: read_run(folder) for folder in args.runs}
-    figure = plt.figure(figsize=(3.6 * len(args.against) + 1, 2.8 * len(args.show)), layout="constrained")
+    figure = plt.figure(
+        figsize=(3.6 * len(args.against) + 1, 2.8 * len(args.show)), layout="constrained"
+    )
     panels = figure.subplots(len(args.show), len(args.against), squeeze=False)
     for (i, j), panel in np.ndenumerate(panels):
         draw(panel, runs, args.show[i], args.against[j], args.unigram)
