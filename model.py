@@ -14,8 +14,7 @@ encoder reads a row without them; a small decoder brings them back and predicts.
     batch = corrupt(torch.randint(4, 999, (8, 64)), 0.5, vocab_size=1000, mask_id=999)
     losses = MaskedLM(ModelConfig(vocab_size=1000, n_layer=2))(batch)  # (8, 31), near ln 1000 = 6.9
 
-Then follow the classifier for fine-tuning, and Hugging Face folders, out and in. Text is data.py's
-business, devices and optimizers are train.py's.
+Then follow the classifier for fine-tuning, and Hugging Face folders. This file does not train.
 
 Shapes: B rows of a batch | n tokens of a row | n_m of them [MASK] | n_en = n - n_m, the others
         k tokens of a row to predict | d_en, d_de widths of encoder and decoder | V vocabulary size
@@ -38,8 +37,7 @@ BOS, PAD, EOS, UNK = 0, 1, 2, 3  # RoBERTa's <s> <pad> </s> <unk>; <mask> differ
 
 
 class UserError(ValueError):
-    """Something that the user can put right. The scripts print it as one line, without a
-    traceback."""
+    """Something that the user can put right; the scripts print it as one line."""
 
 
 # Corruption
@@ -57,14 +55,12 @@ class Corrupted(NamedTuple):
 
 
 def counts(n, rate, strategy=(0.8, 0.1, 0.1)):
-    """(k, n_m, n_replaced) of a row of n tokens: how many are predicted, and how many of those are
-    [MASK] and random words. strategy: the shares of [MASK], random and unchanged among the
-    predicted (Table 2c).
+    """(k, n_m, n_replaced) of a row of n tokens: how many are predicted, and of those, how many are
+    [MASK] and how many random. strategy: the shares of [MASK], random, unchanged (Table 2c).
 
-    They are the same for every row. So every batch has the same shapes: no padding, no attention
-    mask, one compiled graph; and the mean loss of a batch is exactly the mean over its
-    micro-batches and processes. (fairseq draws for each token, so that its counts vary.) Raises
-    UserError for impossible values."""
+    They are the same for all rows (fairseq draws for each token). So all batches have one shape: no
+    padding, no attention mask, one compiled graph; and a batch's mean loss is exactly the mean over
+    its micro-batches and processes. Raises UserError for impossible values."""
     if len(strategy) != 3 or min(strategy) < 0 or abs(sum(strategy) - 1) > 1e-6:
         raise UserError(f"strategy is {strategy}, must be three shares that sum to 1")
     k = round(rate * (n - 2))  # <s> and </s> are never predicted
@@ -75,12 +71,10 @@ def counts(n, rate, strategy=(0.8, 0.1, 0.1)):
 
 
 def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab_size, mask_id, generator=None):
-    """Choose k tokens of each row to predict: n_m become [MASK], n_replaced a random word, the
-    rest stay.
+    """Choose k tokens of each row: n_m become [MASK], n_replaced a random word, the rest stay.
 
-    tokens (B, n) int64 -> Corrupted, on the device of tokens. Special tokens are neither chosen
-    nor drawn; only in a row with fewer than k ordinary tokens are some of them chosen too. Raises
-    UserError (counts)."""
+    tokens (B, n) int64 -> Corrupted, on the device of tokens. Special tokens are never drawn, and
+    chosen only in a row that has fewer than k ordinary ones. Raises UserError (see counts)."""
     k, n_m, n_replaced = counts(tokens.size(1), rate, strategy)
     special = (tokens <= UNK) | (tokens == mask_id)  # (B, n)
     # Sorting noise puts a row's positions in random order, its special tokens behind the others.
@@ -89,7 +83,6 @@ def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab_size, mask_id, gene
     kinds = order[:, :k].split([n_m, n_replaced, k - n_m - n_replaced], dim=1)
     masked, replaced, unchanged = (positions.sort().values for positions in kinds)
     kept = order[:, n_m:].sort().values  # replaced and unchanged tokens stay in the encoder's row
-
     words = torch.empty_like(replaced).random_(UNK + 1, vocab_size - 1, generator=generator)
     words += words >= mask_id  # any word but <mask>
     inputs = tokens.scatter(1, masked, mask_id).scatter(1, replaced, words)
@@ -133,13 +126,11 @@ class Attention(nn.Module):
         self.head_size, self.dropout = config.head_size, config.dropout
         self.q, self.k, self.v, self.out = (nn.Linear(d, d) for _ in range(4))
 
-    def heads(self, x):  # (B, T, d) -> (B, h, T, hs)
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-
     def forward(self, x, memory=None, mask=None):
         """x (B, T, d), memory (B, S, d), mask (B, 1, 1, S) bool, False at padding -> (B, T, d)."""
         memory = x if memory is None else memory
-        q, k, v = self.heads(self.q(x)), self.heads(self.k(memory)), self.heads(self.v(memory))
+        qkv = self.q(x), self.k(memory), self.v(memory)  # (B, T or S, d)
+        q, k, v = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in qkv)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out(x.transpose(1, 2).flatten(2))  # (B, h, T, hs) -> (B, T, d)
@@ -236,8 +227,7 @@ def take(x, index):
 
 
 def take_visible(x, batch):
-    """The states of the replaced and unchanged tokens: x, in the order of batch.kept -> (B, k -
-    n_m, d)."""
+    """x, in batch.kept's order -> the states of replaced and unchanged tokens (B, k - n_m, d)."""
     positions = batch.predict[:, batch.masked.size(1) :].contiguous()
     return take(x, torch.searchsorted(batch.kept, positions))  # kept is ascending
 
@@ -254,9 +244,8 @@ class NoDecoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What both decoders of 3ML have: a bridge from d_en to d_de, a [MASK] that is learned as one
-    of the latents, not as a word (section 2.2), position embeddings of their own (section 3.3),
-    blocks, and FC1."""
+    """What 3ML's two decoders share: a bridge from d_en to d_de; a [MASK] that is learned as one of
+    the latents, not as a word (section 2.2); positions of their own (section 3.3); blocks; FC1."""
 
     def __init__(self, config, cross=False):
         super().__init__()
@@ -285,10 +274,9 @@ class SelfDecoder(Decoder):
 
 
 class CrossDecoder(Decoder):
-    """3MLcross: the [MASK]s attend to each other, and to the latents as they are. No layer of the
-    decoder sees the replaced and unchanged tokens, so these are predicted from the encoder's
-    states, by an FC1 of their own (Eq. 4 counts two; what "the same prediction layer" of section
-    2.2 shares is the word embedding)."""
+    """3MLcross: the [MASK]s attend to each other, and to the latents. The replaced and unchanged
+    tokens, which no layer of the decoder sees, are predicted from the encoder's states by an FC1 of
+    their own: Eq. 4 has two, so section 2.2's "same prediction layer" is the tied FC2."""
 
     def __init__(self, config):
         super().__init__(config, cross=True)
