@@ -1,10 +1,11 @@
-"""The tests, in the order of the files: model, data, flops, train, finetune; then bad input to all.
+"""The tests, in the order of the files: model, data, flops, train, finetune; then bad input to
+all.
 
     pytest test_3ml.py
 
 A test compares with something independent (transformers, torch's own layers, scipy, scikit-learn,
-FlopCounterMode, a count by hand, a table of the paper), or holds two runs to a relation that a mistake
-would break. A comparison whose library is not installed is skipped."""
+FlopCounterMode, a count by hand, a table of the paper), or holds two runs to a relation that a
+mistake would break. A comparison whose library is not installed is skipped."""
 
 import json
 import math
@@ -231,8 +232,8 @@ def test_block_is_torchs_transformer_layer(norm, cross):
     ("none", 5, 2), ("self", 10, 4), ("cross", 12, 6), ("classifier", 7, 2)
 ])  # fmt: skip
 def test_dropout_is_everywhere_in_training_and_nowhere_else(kind, states, maps, monkeypatch):
-    """Of states: embeddings, and each sublayer's output; the classifier's head has two. Of attention
-    maps: one a sublayer."""
+    """Of states: embeddings, and each sublayer's output; the classifier's head has two. Of
+    attention maps: one a sublayer."""
     used, real = [], F.scaled_dot_product_attention
 
     def attention(*args, dropout_p, **kwargs):
@@ -306,7 +307,8 @@ def test_parameters_are_counted_by_hand(decoder, l, d):
 
 
 def test_weights_start_at_their_scales():
-    """Embeddings, positions and [MASK] at 0.02, matrices in inverse proportion to the root of their inputs, the rest at 0 and 1."""
+    """Embeddings and [MASK] at 0.02, matrices at 1 / sqrt(inputs) of a scale, the rest at 0 or
+    1."""
     net = m.MaskedLM(config_of(n_embd=256, n_embd_dec=128, head_size=64))
     for name, p in net.named_parameters():
         std = 0.02 * math.sqrt(768 / p.shape[-1])
@@ -366,8 +368,9 @@ def documents(d, split):
 @pytest.mark.parametrize("doc", ["blank", "line", "file"])
 @pytest.mark.parametrize("limit", [6, 7, data.LIMIT])
 def test_prepared_tokens_are_the_documents(doc, limit, tmp_path, monkeypatch, capsys):
-    """In the order of the files, which have Windows line ends, and one a byte order mark. Every third
-    document is for validation, the first one included. Lines may be longer than what is read at once."""
+    """In the order of the files, which have Windows line ends, and one a byte order mark. Every
+    third document is for validation, the first one included. Lines may be longer than what is read
+    at once."""
     monkeypatch.setattr(data, "LIMIT", limit)
     for i, text in enumerate(TEXTS):
         ends = "\r\r\n" if limit > 7 else "\n"
@@ -408,8 +411,8 @@ def test_reading_takes_memory_and_time_of_a_line(tmp_path):
 
 @pytest.mark.parametrize("size, dtype, hole", [(50265, "uint16", 0), (65530, "uint32", 9)])
 def test_roberta_layout_wide_ids_and_holes(size, dtype, hole, tmp_path):
-    """A given tokenizer.json is used as it is. V is its largest id + 1, even if ids before it are not
-    used. Its special tokens need not be marked as such, and texts may contain their names."""
+    """A given tokenizer.json is used as it is. V is its largest id + 1, even if ids before it are
+    not used. Its special tokens need not be marked as such, and texts may contain their names."""
     tokenizers = pytest.importorskip("tokenizers")
     words = [
         "<s>",
@@ -486,13 +489,14 @@ def test_rows_of_an_epoch_come_once_each_in_an_order_of_its_own(tmp_path):
 @pytest.mark.parametrize("k, n_m", [(5, 4), (10, 8), (10, 3)])
 @pytest.mark.parametrize("d_de", [16, 32])
 def test_flops_are_those_of_the_real_forward_pass(decoder, k, n_m, d_de):
-    """For forward(), and for Appendix D's formulas with a masking rate that makes all counts whole."""
+    """For forward(), and for Appendix D's formulas where the masking rate makes all counts
+    whole."""
     n, b, u, math_backend = 22, 7, 1000, nn.attention.SDPBackend.MATH
     net = model_of(decoder=decoder, n_positions=n, n_embd_dec=d_de, n_layer_dec=3)
     batch = random_batch(random_rows(1, n), k / 20, (n_m / k, 1 - n_m / k, 0))
-    with nn.attention.sdpa_kernel(math_backend), torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            net(batch)
+    counter = FlopCounterMode(display=False)
+    with nn.attention.sdpa_kernel(math_backend), torch.no_grad(), counter:
+        net(batch)
     real = counter.get_total_flops()
     assert real == flops.forward(net.config, n, n_m, k)
     if n_m == 0.8 * k:
@@ -502,7 +506,7 @@ def test_flops_are_those_of_the_real_forward_pass(decoder, k, n_m, d_de):
 
 
 def test_table_3(capsys):
-    """Speed-ups: ours to two digits, worked out by hand from Appendix D, and the paper's; Figure 5."""
+    """Speed-ups: ours, worked out by hand from Appendix D, and the paper's; Figure 5."""
     flops.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     ours, paper = zip(*(line[1:] for line in lines if line and line[0].startswith(("3ML", "24h"))))
@@ -573,7 +577,7 @@ def during_step(step, action, monkeypatch):
 
 
 def ends_as_if_uninterrupted(corpus, folder, **changes):
-    """Resume the run in folder/cut, and compare its end with a run that nothing interrupts: all of the
+    """Resume the run in folder/cut, and compare its end with a run that nothing interrupts: the
     checkpoint and the exported encoder to the last bit, and the log."""
     cut, whole = folder / "cut", folder / "whole"
     for out in (cut, whole):
@@ -632,9 +636,8 @@ def test_processes_that_disagree_stop(corpus, tmp_path):
         for rank in ("0", "1"):
             env = dict(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29713")
             command = [sys.executable, train.__file__, *argv]
-            runs.append(subprocess.Popen(
-                command, cwd=tmp_path / rank, env=os.environ | env, stderr=subprocess.PIPE, text=True
-            ))  # fmt: skip
+            settings = dict(cwd=tmp_path / rank, env=os.environ | env, text=True)
+            runs.append(subprocess.Popen(command, stderr=subprocess.PIPE, **settings))
         for run in runs:
             errors = run.communicate(timeout=100)[1]
             assert run.returncode == 2 and "--data and --out differ between processes" in errors
@@ -672,7 +675,7 @@ def test_a_finished_run_is_evaluated_and_not_changed(corpus, tmp_path, capsys):
 
 
 def test_validation_is_the_mean_of_its_tokens(corpus, tmp_path, capsys):
-    """The log's perplexities, and that of word frequencies, from one undivided pass over its rows."""
+    """The log's perplexities, and that of word frequencies, from one undivided pass."""
     strategy = (0.5, 0.3, 0.2)
     changes = dict(micro_batch_size=2, eval_rows=5, strategy=strategy, mask_rate=0.5, dropout=0.1)
     train.main(arguments(corpus, tmp_path, **changes))
@@ -703,7 +706,8 @@ def test_recipes_are_table_4():
     table = {
         "n_layer": (24, 12), "n_embd": (1024, 768), "head_size": (64, 64), "n_layer_dec": (2, 2),
         "n_embd_dec": (None, None), "dropout": (0.1, 0.1), "norm": ("pre", None),
-        "seq_len": (128, 512), "n_positions": (128, 512), "warmup": (0.06, 0.06), "lr": (2e-3, 7e-4),
+        "seq_len": (128, 512), "n_positions": (128, 512), "warmup": (0.06, 0.06),
+        "lr": (2e-3, 7e-4),
         "batch_size": (4096, 2048), "weight_decay": (0.01, 0.01), "max_steps": (23_000, 125_000),
         "grad_clip": (0, 0), "mask_rate": (0.5, 0.4), "decoder": ("self", "self"),
         "strategy": ([0.8, 0.1, 0.1],) * 2}  # fmt: skip
@@ -923,7 +927,8 @@ def test_metrics_are_scipys_and_scikit_learns(ties):
         a, b = rng.integers(0, 4, (2, n)).astype(float) if ties else rng.normal(size=(2, n))
         for name, ours, theirs in (
             ("acc", (p, y), sk.accuracy_score(y, p)), ("f1", (p, y), sk.f1_score(y, p)),
-            ("mcc", (p, y), sk.matthews_corrcoef(y, p)), ("pearson", (a, b), stats.pearsonr(a, b)[0]),
+            ("mcc", (p, y), sk.matthews_corrcoef(y, p)),
+            ("pearson", (a, b), stats.pearsonr(a, b)[0]),
             ("spearman", (a, b), stats.spearmanr(a, b)[0]),
         ):  # fmt: skip
             assert math.isclose(ft.METRICS[name](*ours), theirs, abs_tol=1e-12), name
@@ -1017,8 +1022,8 @@ def own_argv(folder, encoder, *more):
 
 
 def test_a_tiny_encoder_learns_a_task_of_ones_own(encoder_folder, tmp_path, capsys):
-    """One word decides. The first run diverges, and is flagged. The results belong to an encoder, to
-    texts, and to labels."""
+    """One word decides. The first run diverges, and is flagged. The results belong to an encoder,
+    to texts, and to labels."""
     rng, folder, out, answers = (
         np.random.default_rng(0),
         tmp_path / "tasks/mine",
@@ -1123,7 +1128,8 @@ def test_an_interrupted_sweep_makes_each_run_exactly_once(
 
 
 def test_fine_tuning_follows_table_5():
-    """Warm-up over 6% of the steps, then down to 0; weight decay 0.1 on matrices; epochs; the grid."""
+    """Warm-up over 6% of the steps, then down to 0; weight decay 0.1 on matrices; epochs; the
+    grid."""
     seen = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(
         [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
@@ -1165,12 +1171,13 @@ def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
     for name in ("data", "short", "meta", "hf", "evil", "bert", "heads", "words", "run"):
         shutil.copytree(corpus if name in ("data", "short", "meta") else encoder_folder, name)
     head, rows = "sentence1\tlabel\n", "a\tx\nb\ty\n"
-    texts = {"ok.txt": "a b\n\nc d\n\ne f\n", "empty.txt": "", "one.txt": "a single document\n",
+    texts = {"ok.txt": "a b\n\nc d\n\ne f\n", "empty.txt": "", "one.txt": "a document\n",
              "wiki.txt": "one line\n" * 99 + "\nmore\n", "not.json": "{"}  # fmt: skip
-    tasks = {"RTE": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n", "head": "text\tlabel\na\tx\nb\ty\n",
+    numbers = "".join(f"a\t{i / 7}\n" for i in range(999))
+    tasks = {"RTE": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n", "head": "text\tlabel\n" + rows,
              "label": head + "a\tx\nb\n", "dev": head + rows, "nan": head + "a\t1.5\nb\tx\n",
-             "none": head + "a\tx\nb\t\n",
-             "float": head + "".join(f"a\t{i / 7}\n" for i in range(999)), "json": head + rows}  # fmt: skip
+             "none": head + "a\tx\nb\t\n", "float": head + numbers,
+             "json": head + rows}  # fmt: skip
     for name, text in tasks.items():
         Path("glue", name).mkdir(parents=True)
         texts |= {f"glue/{name}/train.tsv": text, f"glue/{name}/dev.tsv": head + "a\tz\n"}
@@ -1198,32 +1205,31 @@ def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
 BAD = {
     data: ("--input=ok.txt --out=n", [
         ("--input none.txt", "none.txt"), ("--input empty.txt", "empty.txt: 0 doc"),
-        ("--input latin.txt", "latin.txt: cannot be read"), ("--input one.txt", "one.txt: 1 document"),
-        ("--input wiki.txt", "wiki.txt: 2 documents"), ("--frob", "--frob"), ("--doc page", "--doc"),
-        ("--val_every 0", "--val_every"), ("--val_every 1", "--val_every"), ("--out ok.txt/o", "ok.txt"),
-        ("--tokenizer not.json", "not.json"), ("--vocab_size 3", "--vocab_size 3: must be at least 261"),
+        ("--input latin.txt", "latin.txt: cannot"), ("--input one.txt", "one.txt: 1 document"),
+        ("--input wiki.txt", "wiki.txt: 2 documents"), ("--frob", "--frob"), ("--doc x", "--doc"),
+        ("--val_every 0", "--val_every"), ("--val_every 1", "val_every"), ("--out ok.txt/o", "ok"),
+        ("--tokenizer not.json", "not.json"), ("--vocab_size 3", "vocab_size 3: must be at least"),
     ]),
-    train: ("--data=data --out=n --seq_len=16 --max_steps=1 --device=cpu --n_layer=1 --n_embd=128", [
-        ("--data no", "no/meta.json"), ("--data short", "short/train.bin"), ("--data meta", "meta: "),
+    train: ("--data=data --out=n --seq_len=16 --max_steps=1 --device=cpu --n_layer=1", [
+        ("--data no", "no/meta.json"), ("--data short", "short/train.bin"), ("--data meta", "meta:"),
         ("--seq_len 5000", "val.bin: too short"), ("--n_positions 8", "--seq_len 16"),
-        ("--init bert", "bert/config.json"), ("--init heads", "heads/config.json"), ("--dropout 1", "dropout"),
-        ("--mask_rate 2", "mask_rate is 2"), ("--mask_rate 0", "mask_rate is 0"), ("--lr -1", "--lr"),
-        ("--strategy 0.8 0.1 0.2", "strategy"), ("--out run", "run/ckpt.pt"), ("--max_steps 0", "--max_steps"),
-        ("--n_embd 100", "head_size is 64"), ("--eval_only", "n/config.json"), ("--fill a", "n/config.json"),
-        ("--device abacus", "--device"), ("--init evil", "evil/pytorch_model"), ("--n_lay 2", "--n_lay"),
+        ("--init bert", "bert/config.json"), ("--init heads", "heads/config.json"),
+        ("--dropout 1", "dropout"), ("--mask_rate 2", "mask_rate is 2"), ("--lr -1", "--lr"),
+        ("--mask_rate 0", "mask_rate is 0"), ("--strategy 0.8 0.1 0.2", "strategy"),
+        ("--out run", "run/ckpt.pt"), ("--max_steps 0", "--max_steps"), ("--n_lay 2", "--n_lay"),
+        ("--n_embd 100", "head_size is 64"), ("--eval_only", "n/config.json"),
+        ("--fill a", "n/config.json"), ("--device abacus", "--device"), ("--init evil", "evil/py"),
     ]),
     ft: ("--init=hf --out=o --glue=glue --task=RTE", [
-        ("--glue nothing", "nothing"), ("--task XYZ", "XYZ/train.tsv"), ("--max_len 0", "--max_len"),
-        ("--task RTE", "RTE/train.tsv: line 2"), ("--task label", "label/train.tsv"), ("--lr x", "--lr"),
-        ("--task head", "head/train.tsv: line 1"), ("--task dev", "dev/dev.tsv: line 2"),
-        ("--task nan --regression", "nan/train.tsv: line 3"),
-        ("--task none", "none/train.tsv"), ("--task float", "--regression"), ("--init words", "words: "),
-        ("--task json", "o/json/results.jsonl"), ("--task head --task json", "o/json/results.jsonl"),
+        ("--glue no --task all", "no:"), ("--task XYZ", "XYZ/train"), ("--max_len 0", "--max_len"),
+        ("--task RTE", "RTE/train.tsv: line 2"), ("--task label", "label/train.tsv"),
+        ("--task head", "head/train.tsv: "), ("--task dev", "dev/dev.tsv: line 2"),
+        ("--task nan --regression", "nan/train.tsv: line 3"), ("--task none", "none/train.tsv"),
+        ("--task float", "--regression"), ("--init words", "words: "), ("--lr x", "--lr"),
+        ("--task json", "o/json/results.jsonl"),
     ]),
 }  # fmt: skip
-CASES = [
-    (module, usual, text, names) for module, (usual, cases) in BAD.items() for text, names in cases
-]
+CASES = [(module, usual, *case) for module, (usual, cases) in BAD.items() for case in cases]
 NAMES = [f"{module.__name__} {text}" for module, _, text, _ in CASES]
 
 
