@@ -379,6 +379,8 @@ def main(argv):
         )
     args.max_len = min(args.max_len, config.n_positions)
     machine, names = Machine(dtype=args.dtype), [args.task]
+    if machine.world > 1:
+        raise UserError("run finetune.py without torchrun; tasks may run side by side")
     if args.task == "all":
         names = [name for name in TASKS if Path(args.glue, name, "train.tsv").exists()]
     for name in names:

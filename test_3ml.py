@@ -1211,7 +1211,7 @@ BAD = {
         ("--tokenizer not.json", "not.json"), ("--vocab_size 3", "vocab_size 3: must be at least"),
     ]),
     train: ("--data=data --out=n --seq_len=16 --max_steps=1 --device=cpu --n_layer=1", [
-        ("--data no", "no/meta.json"), ("--data short", "short/train.bin"), ("--data meta", "meta:"),
+        ("--data no", "no/meta.json"), ("--data short", "short/train.bin"), ("--data meta", "meta"),
         ("--seq_len 5000", "val.bin: too short"), ("--n_positions 8", "--seq_len 16"),
         ("--init bert", "bert/config.json"), ("--init heads", "heads/config.json"),
         ("--dropout 1", "dropout"), ("--mask_rate 2", "mask_rate is 2"), ("--lr -1", "--lr"),

@@ -156,16 +156,15 @@ def step_batch(data, args, step, device):
     """The corrupted rows of a step, of all processes: each makes them all, which costs little, and
     uses its share, so that the number of processes cannot matter."""
     rows = data.batch(step, args.batch_size, args.seq_len, args.seed)
-    if device.type == "cuda":
-        rows = rows.pin_memory()
+    if device.type == "cuda":  # a copy that the GPU's queue of work does not delay
+        rows = rows.pin_memory().to(device, non_blocking=True)
     generator = torch.Generator(device).manual_seed(seed_of(args.seed, 2, step))
-    return corrupted(rows.to(device, non_blocking=True), args.mask_rate, args, data, generator)
+    return corrupted(rows.to(device), args.mask_rate, args, data, generator)
 
 
 def rows_of(batch, start, stop, device):
     """Rows start to stop of a Corrupted, on a device."""
-    tensors = (x[start:stop].to(device, non_blocking=True) for x in batch[:-1])
-    return Corrupted(*tensors, batch.n_replaced)
+    return Corrupted(*(x[start:stop].to(device) for x in batch[:-1]), batch.n_replaced)
 
 
 def backward(model, batch, args, step, machine, scaler):
@@ -306,6 +305,7 @@ def perplexities(nats, batch, suffix=""):
 @torch.no_grad()
 def fill(args):
     """Print the five likeliest words for each <mask> of a text, by the run in --out."""
+    args.init = None
     model = make_model(args).eval()
     model.load_state_dict(load_checkpoint(args.out)["model"])
     tokenizer, _ = load_tokenizer(Path(args.out) / "tokenizer.json")
