@@ -132,7 +132,7 @@ def write_tokens(texts, tokenizer, dtype, out, val_every):
     val.bin. Returns what meta.json says of them."""
     documents = unknown = crc = 0
     with atomic(out / "train.bin") as train, atomic(out / "val.bin") as val:
-        while chunk := list(islice(texts, 4096)):
+        while chunk := list(islice(texts, 256)):
             ids = {train: [], val: []}
             encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
             for text, encoding in zip(chunk, encodings):
