@@ -41,8 +41,9 @@ from model import load_pretrained, reading, save_pretrained, write, write_json
 # Table 4's recipes, and one of ours for a first look
 RECIPES = {
     "tiny": dict(
-        n_layer=6, n_embd=256, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=64, batch_size=32,
-        micro_batch_size=32, max_steps=1500, lr=1e-3, eval_every=250, save_every=250),
+        n_layer=3, n_embd=256, n_layer_dec=1, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=32,
+        batch_size=32, micro_batch_size=32, max_steps=4500, lr=7e-4, eval_every=500,
+        save_every=500),
     "efficient-large": dict(
         n_layer=24, n_embd=1024, norm="pre", dropout=0.1, mask_rate=0.5, seq_len=128,
         batch_size=4096, micro_batch_size=256, max_steps=23_000, lr=2e-3, eval_every=1000,
