@@ -55,10 +55,9 @@ class Data:
                     raise ValueError(f"{path} lacks some of its {count:,} tokens")
 
     def n_rows(self, split, n):
-        count = len(self.tokens[split]) // (n - 2)
-        if count == 0:
-            raise UserError(f"{self.directory}/{split}.bin: too short for a row of {n} tokens")
-        return count
+        if not 0 < n - 2 <= len(self.tokens[split]):
+            raise UserError(f"{self.directory}/{split}.bin: has no row of {n} tokens")
+        return len(self.tokens[split]) // (n - 2)
 
     def rows(self, split, indices, n):
         """The rows of an array of indices, (B, n) int64."""
@@ -77,10 +76,9 @@ class Data:
         return self.rows("train", np.array(indices, np.int64), n)
 
     def frequencies(self):
-        """(V,) the share of each ordinary word in the first 16M tokens of train.bin."""
-        count = np.bincount(self.tokens["train"][: 1 << 24], minlength=self.vocab_size) + 1
-        count[[BOS, PAD, EOS, UNK, self.mask_id]] = 0  # these are not predicted
-        return count / count.sum()
+        """(V,) the share of each word in the first 16M tokens of train.bin, from a count + 1."""
+        counts = np.bincount(self.tokens["train"][: 1 << 24], minlength=self.vocab_size) + 1
+        return counts / counts.sum()
 
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
@@ -96,7 +94,7 @@ def seed_of(*parts):
 
 # Preparation: text -> tokens
 
-LIMIT = 1 << 16  # characters; a longer line is tokenized in parts
+LIMIT = 1 << 14  # characters; a longer line is tokenized in parts
 END = ""  # stands between documents
 
 
@@ -133,14 +131,17 @@ def write_tokens(texts, tokenizer, dtype, out, val_every):
     documents = unknown = crc = 0
     with atomic(out / "train.bin") as train, atomic(out / "val.bin") as val:
         while chunk := list(islice(texts, 256)):
-            ids = {train: [], val: []}
+            train_ids, val_ids = [], []
             encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
             for text, encoding in zip(chunk, encodings):
-                file = train if documents % val_every else val
-                ids[file] += [EOS] if text == END else encoding.ids
-                documents += text == END
-            for file, block in ids.items():
-                block = np.array(block, dtype)
+                ids = train_ids if documents % val_every else val_ids
+                if text == END:
+                    ids.append(EOS)
+                    documents += 1
+                else:
+                    ids += encoding.ids
+            for file, ids in ((train, train_ids), (val, val_ids)):
+                block = np.array(ids, dtype)
                 file.write(block)
                 crc = zlib.crc32(block, crc)
                 unknown += int((block == UNK).sum())
@@ -165,7 +166,7 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val_every
     dtype = np.dtype(np.uint16 if V <= 1 << 16 else np.uint32)
     texts = read_texts(files, doc, "tokenizing")
     meta = write_tokens(texts, tokenizer, dtype, out, val_every)
-    train, val = meta["tokens"].values()
+    train, val = meta["tokens"]["train"], meta["tokens"]["val"]
     size = f"{meta['documents']:,} documents: {train:,} tokens for training, {val:,} for validation"
     if not train or not val or val > max(0.1, 2 / val_every) * (train + val):
         raise UserError(f"{files[0]}: {size}; see --doc, what ends a document, and --val_every")
@@ -214,7 +215,7 @@ def train_bpe(texts, vocab_size, path):
 
 def load_tokenizer(path):
     """(tokenizers.Tokenizer, V) of a tokenizer.json with RoBERTa's special tokens; V is the largest
-    id + 1. In a text, "<s>" or "<mask>" is plain text. Raises UserError."""
+    id + 1. In a text, "<s>" or "<mask>" is plain text to a BPE. Raises UserError."""
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers has no other type
@@ -241,7 +242,7 @@ def command(main):
     """Decorator of a script's main: what the user can put right is one line on stderr, status 2."""
 
     def run(argv=None):
-        if sys.stdout is not None:
+        if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal lacks a character
         try:
             main(sys.argv[1:] if argv is None else argv)
@@ -269,11 +270,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def whole(text, least=0):
+    """A flag's whole number of at least 0."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+    return int(text)
+
+
 def count(text):
     """A flag's whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
+    return whole(text, least=1)
 
 
 def amount(text):

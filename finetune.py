@@ -10,7 +10,8 @@ seeds. For each seed the best run of the grid counts, by the task's score; then 
 seeds is taken. A finished run is a line of OUT/TASK/results.jsonl, so the same command resumes
 behind the last one. OUT/TASK/hf is the task's best model, OUT/results.json the summary of all
 tasks, and with --predict OUT/predictions what the leaderboard wants. Tasks may run side by side,
-one process a GPU.
+one process a GPU, but MNLI
+before the three tasks that start from its model.
 
 A task of your own is a folder with train.tsv, dev.tsv and, for --predict, test.tsv: tab-separated,
 with the columns sentence1, label and, for pairs, sentence2 named in line 1. This file does not
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import Parser, amount, command, count, load_tokenizer
+from data import Parser, amount, command, count, load_tokenizer, whole
 from model import BOS, EOS, PAD, Classifier, UserError
 from model import load_pretrained, reading, save_pretrained, write, write_json
 from train import DTYPES, Machine, lr_at, make_optimizer, update
@@ -147,7 +148,7 @@ def own_task(path, regression):
         return Task(texts, "label", ("score",), ("pearson", "spearman"))
     labels = sorted({dict(zip(names, row)).get("label", "").strip() for row in rows})
     if len(labels) < 2 or not labels[0]:
-        raise UserError(f"{path}: column label must name two or more classes, not {labels[:9]}")
+        raise UserError(f"{path}: needs two or more labels, and no empty one, not {labels[:9]}")
     return Task(texts, "label", tuple(labels), ("acc",))
 
 
@@ -265,22 +266,26 @@ def fingerprint(encoder, files):
 def read_results(path):
     """The entries of a results.jsonl."""
     with reading(path, "choose another --out"):
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [run for run in runs if run["settings"]]  # which a foreign line does not have
 
 
 def run_task(name, task, args, tokenizer, machine):
     """Make the runs of a task that are not yet in its results.jsonl."""
     start, mnli, out = args.init, Path(args.out, "MNLI/hf"), Path(args.out, name)
-    if name in FROM_MNLI and mnli.exists():
+    if name in FROM_MNLI and (mnli / "config.json").exists():
+        if any(run["start"] != start for run in read_results(mnli.parent / "results.jsonl")):
+            raise UserError(f"{mnli}: does not start from {start}; choose another --out")
         start = str(mnli)
     config, encoder = load_pretrained(start)
     config.dropout = 0.1  # Table 5
     files, splits = [Path(args.glue, name, file) for file in ("train.tsv", *task.dev)], []
-    settings = [fingerprint(encoder, files), args.max_len, args.regression]
+    texts = [*files, Path(args.init, "tokenizer.json")]
+    settings = [fingerprint(encoder, texts), args.max_len, args.regression]
     runs, path = read_results(out / "results.jsonl"), out / "results.jsonl"
-    with reading(path, "choose another --out"):
-        if any(run["settings"] != settings for run in runs):
-            raise ValueError("its runs had another encoder, other texts, --max_len or --regression")
+    if any(settings != run["settings"] for run in runs):
+        what = "another encoder, other texts, --max_len or --regression"
+        raise UserError(f"{path}: its runs had {what}; choose another --out")
     for file in files:
         texts, labels = read_split(file, task)
         splits.append((encode(texts, tokenizer, args.max_len), labels))
@@ -364,7 +369,7 @@ def main(argv):
     add("--lr", type=amount, nargs="+", help="peak learning rates; None: 5e-5")
     add("--batch_size", type=count, nargs="+", help="examples of a step; None: 32")
     add("--epochs", type=count, nargs="+", help="passes over the training file; None: 3")
-    add("--seed", type=int, nargs="+", help="seeds of head, order and dropout; None: 0")
+    add("--seed", type=whole, nargs="+", help="seeds of head, order and dropout; None: 0")
     add("--sweep", action="store_true", help="Table 5's grid, five seeds, for what is not given")
     add("--max_len", type=count, default=128, help="tokens of an example, if the encoder can")
     add("--predict", action="store_true", help="predict the test files, for the leaderboard")
@@ -377,7 +382,9 @@ def main(argv):
         raise UserError(
             f"{args.init}: tokenizer.json has {V} words, the encoder {config.vocab_size}"
         )
-    args.max_len = min(args.max_len, config.n_positions)
+    args.max_len, args.task = min(args.max_len, config.n_positions), args.task.rstrip("/")
+    if args.max_len < 8 or Path(args.task).name != args.task:
+        raise UserError("--max_len must be at least 8, and --task the name of a folder in --glue")
     machine, names = Machine(dtype=args.dtype), [args.task]
     if machine.world > 1:
         raise UserError("run finetune.py without torchrun; tasks may run side by side")

@@ -51,14 +51,14 @@ class Corrupted(NamedTuple):
     masked: torch.Tensor  # (B, n_m) positions that are [MASK], ascending
     predict: torch.Tensor  # (B, k) positions of masked, replaced, unchanged, each ascending
     labels: torch.Tensor  # (B, k) the original tokens there
-    n_replaced: int  # so predict is n_m masked, n_replaced replaced, and the unchanged positions
+    n_replaced: int  # predict has first n_m masked positions, then n_replaced replaced ones
 
 
 def counts(n, rate, strategy=(0.8, 0.1, 0.1)):
     """(k, n_m, n_replaced) of a row of n tokens: how many are predicted, and of those, how many are
     [MASK] and how many random. strategy: the shares of [MASK], random, unchanged (Table 2c).
 
-    They are the same for all rows (fairseq draws for each token). So all batches have one shape: no
+    These are the same for all rows (fairseq draws for each token). So batches have one shape: no
     padding, no attention mask, one compiled graph; and a batch's mean loss is exactly the mean over
     its micro-batches and processes. Raises UserError for impossible values."""
     if len(strategy) != 3 or min(strategy) < 0 or abs(sum(strategy) - 1) > 1e-6:
@@ -71,10 +71,10 @@ def counts(n, rate, strategy=(0.8, 0.1, 0.1)):
 
 
 def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab_size, mask_id, generator=None):
-    """Choose k tokens of each row: n_m become [MASK], n_replaced a random word, the rest stay.
+    """Choose k tokens of each row; n_m of these become [MASK], n_replaced random, the others stay.
 
-    tokens (B, n) int64 -> Corrupted, on the device of tokens. Special tokens are never drawn, and
-    chosen only in a row that has fewer than k ordinary ones. Raises UserError (see counts)."""
+    tokens (B, n) int64 -> Corrupted, on the device of tokens. Special tokens are never the random
+    word, and chosen only where a row has fewer than k ordinary ones. Raises UserError (counts)."""
     k, n_m, n_replaced = counts(tokens.size(1), rate, strategy)
     special = (tokens <= UNK) | (tokens == mask_id)  # (B, n)
     # Sorting noise puts a row's positions in random order, its special tokens behind the others.
@@ -84,7 +84,7 @@ def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab_size, mask_id, gene
     masked, replaced, unchanged = (positions.sort().values for positions in kinds)
     kept = order[:, n_m:].sort().values  # replaced and unchanged tokens stay in the encoder's row
     words = torch.empty_like(replaced).random_(UNK + 1, vocab_size - 1, generator=generator)
-    words += words >= mask_id  # any word but <mask>
+    words += words >= mask_id  # drawn from one word fewer, so that none is <mask>
     inputs = tokens.scatter(1, masked, mask_id).scatter(1, replaced, words)
     predict = torch.cat([masked, replaced, unchanged], dim=1)
     return Corrupted(inputs, kept, masked, predict, tokens.gather(1, predict), n_replaced)
@@ -182,9 +182,9 @@ class Transformer(nn.Module):
 
 
 def init_weights(module):
-    """N(0, 0.02) for embeddings, as in BERT. The matrix of a linear layer with d inputs starts at
-    N(0, 0.02 sqrt(768 / d)): BERT's 0.02 in BERT-base, but 0.05 in a decoder of width 128, which
-    0.02 would leave with little to learn from (experiments/init)."""
+    """N(0, 0.02) for embeddings, as in BERT; N(0, 0.02 sqrt(768 / d)) for a linear layer of d
+    inputs. That is BERT's 0.02 at BERT-base's width, and 0.05 at 128: with 0.02, so narrow a
+    decoder hardly learns (experiments/init)."""
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
@@ -217,8 +217,8 @@ class Encoder(nn.Module):
 
 
 # Decoders: from the encoder's latents to the states to predict from, (B, k, d_en), in the order of
-# batch.predict. Each ends in its FC1, the first layer of the prediction head. A new decoder is one
-# more class like these and an entry of DECODERS; it is then a value of train.py's --decoder.
+# batch.predict. Each ends in its FC1, the first layer of the prediction head. One more is a class
+# like these and an entry of DECODERS: a value of train.py's --decoder, given the kept tokens' latents.
 
 
 def take(x, index):
@@ -244,8 +244,9 @@ class NoDecoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What 3ML's two decoders share: a bridge from d_en to d_de; a [MASK] that is learned as one of
-    the latents, not as a word (section 2.2); positions of their own (section 3.3); blocks; FC1."""
+    """What 3ML's two decoders share: a bridge from d_en to d_de; a learned [MASK] of width d_de
+    that is no word embedding (section 2.2); positions of their own (section 3.3); blocks; and
+    FC1."""
 
     def __init__(self, config, cross=False):
         super().__init__()
@@ -259,9 +260,8 @@ class Decoder(nn.Module):
 
 
 class SelfDecoder(Decoder):
-    """3MLself: ordinary blocks over latents and [MASK]s. The [MASK]s are appended, not sorted in
-    between: attention knows a token's position by its embedding alone, so the order in memory does
-    not matter."""
+    """3MLself: ordinary blocks over latents and [MASK]s. The [MASK]s are appended, not sorted in:
+    attention knows a token's position by its embedding alone, not by its place in the row."""
 
     def forward(self, latents, batch):  # (B, n_en, d_en) -> (B, k, d_en)
         latents = self.bridge(latents)  # (B, n_en, d_de)
@@ -269,14 +269,14 @@ class SelfDecoder(Decoder):
         positions = torch.cat([batch.kept, batch.masked], dim=1)  # (B, n)
         x = torch.cat([latents, masks], dim=1) + self.pos(positions)  # (B, n, d_de)
         x = self.transformer(self.drop(x))
-        masks = x[:, latents.size(1) :]  # in the order of batch.masked, as batch.predict begins
-        return self.fc1(torch.cat([masks, take_visible(x, batch)], dim=1))
+        masked = x[:, latents.size(1) :]  # in the order of batch.masked, as batch.predict begins
+        return self.fc1(torch.cat([masked, take_visible(x, batch)], dim=1))
 
 
 class CrossDecoder(Decoder):
     """3MLcross: the [MASK]s attend to each other, and to the latents. The replaced and unchanged
     tokens, which no layer of the decoder sees, are predicted from the encoder's states by an FC1 of
-    their own: Eq. 4 has two, so section 2.2's "same prediction layer" is the tied FC2."""
+    their own. (Eq. 4 counts two FC1s, so "the same prediction layer" of section 2.2 means FC2.)"""
 
     def __init__(self, config):
         super().__init__(config, cross=True)
@@ -346,7 +346,7 @@ class Classifier(nn.Module):
 # RobertaPreLayerNorm.
 
 HF_MODELS = {"post": "roberta", "pre": "roberta_prelayernorm"}
-HF_NAMES = {  # parts of the names of our encoder's parameters, and what transformers calls them
+HF_NAMES = {  # parts of our encoder's names, and of transformers'; replaced in this order
     "transformer.blocks.": "encoder.layer.", "transformer.ln.": "LayerNorm.",
     "ln.": "embeddings.LayerNorm.", "tok.": "embeddings.word_embeddings.",
     "pos.": "embeddings.position_embeddings.", "attn.q.": "attention.self.query.",
@@ -376,7 +376,8 @@ def hf_name(name, norm):
 
 
 def hf_config(config):
-    """transformers' config.json of an encoder. Its positions start at 2, after the id of <pad>."""
+    """transformers' config.json of an encoder. There, positions start at 2, after the id of
+    <pad>."""
     return dict(
         model_type=HF_MODELS[config.norm].replace("_", "-"), vocab_size=config.vocab_size,
         hidden_size=config.n_embd, intermediate_size=4 * config.n_embd, hidden_act="gelu",
@@ -445,7 +446,7 @@ def load_pretrained(directory, n_classes=None):
         token_type = weights.get(HF_TOKEN_TYPE, torch.zeros(1, 1))
         state["encoder.pos.weight"] = state["encoder.pos.weight"][2:] + token_type
         model.load_state_dict(state, strict=False)
-    return config, model if n_classes else model.encoder
+    return config, (model if n_classes else model.encoder)
 
 
 def read_weights(directory):
@@ -470,7 +471,7 @@ def read_weights(directory):
 
 @contextmanager
 def reading(path, advice="is it the right file?"):
-    """Turns what a broken or foreign file raises into a UserError; a lack of memory is not that."""
+    """Turns what a broken or foreign file raises into a UserError; lack of memory is none."""
     errors = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError)
     try:
         yield

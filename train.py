@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import fields
@@ -33,7 +34,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import flops
-from data import Data, Parser, amount, command, count, load_tokenizer, seed_of
+from data import Data, Parser, amount, command, count, load_tokenizer, seed_of, whole
 from data import main as prepare_default_data
 from model import DECODERS, Corrupted, MaskedLM, ModelConfig, UserError, atomic, corrupt, counts
 from model import load_pretrained, reading, save_pretrained, write, write_json
@@ -70,7 +71,7 @@ def parse_flags(argv):
     add("--data", default="data/python-docs", help="folder that data.py has prepared")
     add("--out", help="folder of the run; default: out/RECIPE")
     add("--init", help="Hugging Face folder of a RoBERTa, to start from its encoder")
-    add("--seed", type=int, default=0, help="seed of initialization, rows, masks and dropout")
+    add("--seed", type=whole, default=0, help="seed of initialization, rows, masks and dropout")
     add("--eval_only", action="store_true", help="evaluate and export the checkpoint in --out")
     add("--fill", metavar="TEXT", help="print the likeliest words for each <mask> of a text")
 
@@ -306,7 +307,6 @@ def perplexities(nats, batch, suffix=""):
 @torch.no_grad()
 def fill(args):
     """Print the five likeliest words for each <mask> of a text, by the run in --out."""
-    args.init = None
     model = make_model(args).eval()
     model.load_state_dict(load_checkpoint(args.out)["model"])
     tokenizer, _ = load_tokenizer(Path(args.out) / "tokenizer.json")
@@ -450,7 +450,7 @@ def make_model(args):
     """The MaskedLM of the flags, as it starts."""
     torch.manual_seed(seed_of(args.seed, 4))
     model = MaskedLM(ModelConfig(**{f.name: getattr(args, f.name) for f in fields(ModelConfig)}))
-    if args.init:
+    if args.init and not Path(args.out, "ckpt.pt").exists():
         advice = "prepare the data with its tokenizer.json, and give no flags of its shape"
         with reading(f"--init {args.init}", advice):
             model.encoder.load_state_dict(load_pretrained(args.init)[1].state_dict())
@@ -475,18 +475,21 @@ def run(args, machine):
         raise UserError(f"--batch_size {args.batch_size}: no multiple of {machine.world} processes")
     if args.compile is None:
         args.compile = machine.device.type == "cuda"
+    if args.compile and not any(map(shutil.which, ("cc", "gcc", "clang", "cl"))):
+        raise UserError("--compile: torch.compile needs a C compiler; or give --no-compile")
     data, out = open_data(args, machine), Path(args.out)
     args.vocab_size = data.vocab_size
     model = make_model(args).to(machine.device)
     optimizer = make_optimizer(model, args.weight_decay)
     scaler = machine.scaler()
     settings = {name: x for name, x in vars(args).items() if name not in MAY_DIFFER}
-    settings["data"] = data.meta
+    settings |= vars(model.config) | dict(data=data.meta)
     first, val = resume(out, settings, model, optimizer, scaler), validation_batches(data, args)
     if machine.world > 1:
         everyones = [None] * machine.world
         dist.all_gather_object(everyones, (first, settings))
         if everyones.count((first, settings)) < machine.world:
+            dist.barrier()
             raise UserError("--data and --out differ between processes; they must share a disk")
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     machine.say(f"{size} on {machine.world} x {machine.device}, {machine.dtype}; at step {first:,}")
