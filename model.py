@@ -218,7 +218,7 @@ class Encoder(nn.Module):
 
 # Decoders: from the encoder's latents to the states to predict from, (B, k, d_en), in the order of
 # batch.predict. Each ends in its FC1, the first layer of the prediction head. One more is a class
-# like these and an entry of DECODERS: a value of train.py's --decoder, given the kept tokens' latents.
+# like these and an entry of DECODERS: a value of --decoder, which gets the kept tokens' latents.
 
 
 def take(x, index):
