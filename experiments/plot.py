@@ -56,7 +56,7 @@ def draw(panel, runs, key, x, unigram):
         means = [np.mean(ys[max(0, i - 4) : i + 5]) for i in range(len(ys))]
         panel.plot(xs, means if key == "loss" else ys, "-" if key == "loss" else ".-", label=name)
     if key != "loss":
-        panel.set_yscale("log", subs=range(1, 10))
+        panel.set_yscale("log", subs=(2, 3, 5))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter("{x:g}")
     if unigram and key != "loss":

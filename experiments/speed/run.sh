@@ -11,3 +11,5 @@ $speed --only vanilla-15 self-40 cross-40 >> $here/base.log
 python experiments/speed.py --shape tiny --batch 32 --rounds 40 \
   --only vanilla-15 self-50 "self-50 flash" "self-50 malloc" > $here/tune_cpu.log
 $speed --only self-50 "self-50 malloc" >> $here/tune_cpu.log
+# tiny.log: the first command and vanilla MLM, four pairs of runs of 200 steps that take turns, as
+#   python train.py [--decoder none --mask_rate 0.15] --max_steps 200 --eval_every 1000 --log_every 20
