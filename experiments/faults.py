@@ -113,8 +113,10 @@ def processes(folder):
 
 def start_until(condition, command, log=FOLDER / "log"):
     """Start a command and wait until the condition holds or the command has ended."""
-    with open(log, "a") as f:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=f, start_new_session=True)
+    with open(log, "a") as f:  # a background shell ignores Ctrl-C, which the command would inherit
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=f, stderr=f, start_new_session=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     while process.poll() is None and not condition():
         time.sleep(0.001)
     return process
