@@ -57,8 +57,7 @@ def train(out, flags="", torchrun=""):
     ]
 
 
-TWO = "--standalone --nproc_per_node 2"
-train_two = partial(train, torchrun=TWO)
+train_two = partial(train, torchrun="--standalone --nproc_per_node 2")
 
 
 def run(command):
