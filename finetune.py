@@ -10,8 +10,7 @@ seeds. For each seed the best run of the grid counts, by the task's score; then 
 seeds is taken. A finished run is a line of OUT/TASK/results.jsonl, so the same command resumes
 behind the last one. OUT/TASK/hf is the task's best model, OUT/results.json the summary of all
 tasks, and with --predict OUT/predictions what the leaderboard wants. Tasks may run side by side,
-one process a GPU, but MNLI
-before the three tasks that start from its model.
+one process a GPU, but MNLI before the three tasks that start from its model.
 
 A task of your own is a folder with train.tsv, dev.tsv and, for --predict, test.tsv: tab-separated,
 with the columns sentence1, label and, for pairs, sentence2 named in line 1. This file does not
@@ -112,7 +111,7 @@ AVERAGE = "GLUE's is over all eight; a task's score is the mean of its metrics, 
 def read_table(path):
     """The rows of a tab-separated file, lists of fields. There is no quoting, and only line ends
     end a line: sentences contain unbalanced quotes, control characters, U+0085 and U+2028."""
-    with reading(path, "it must be UTF-8 text"):
+    with reading(path, "it must be a tab-separated file of UTF-8 text"):
         text = Path(path).read_text(encoding="utf-8-sig")
     return [line.split("\t") for line in text.removesuffix("\n").split("\n")]
 

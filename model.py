@@ -424,7 +424,7 @@ def load_pretrained(directory, n_classes=None):
     a folder has no decoder. Raises UserError, which names the file that is missing or does not
     fit."""
     directory = Path(directory)
-    with reading(directory / "config.json", "it must be of a RoBERTa encoder"):
+    with reading(directory / "config.json", "needs a RoBERTa encoder, such as a run's hf/"):
         hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         config = ModelConfig(
             vocab_size=hf["vocab_size"], n_positions=hf["max_position_embeddings"] - 2,
