@@ -25,7 +25,7 @@ DATA, OUT, GLUE = "data/evidence", "out/evidence", ROOT / "data/glue"
 STEPS, LONGER = 4500, 1.16  # LONGER: steps of self-50 in the seconds of one of vanilla-15's
 COMMON = (
     f"--data {DATA} --n_layer 6 --n_embd 256 --n_layer_dec 2 --norm pre --dropout 0 --seq_len 64 "
-    "--batch_size 32 --micro_batch_size 32 --lr 1e-3 --eval_every 500 --save_every 500 --log_every 10"
+    "--batch_size 32 --micro_batch_size 32 --lr 1e-3 --eval_every 500 --log_every 10"
 )
 VANILLA, SELF = "--decoder none --mask_rate", "--decoder self --mask_rate"
 RUNS = {  # name: flags besides the common ones. The number after the dot is the seed.
