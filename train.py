@@ -371,7 +371,7 @@ def read_config(out):
     path = Path(out) / "config.json"
     with reading(path, "--out must name the folder of a run"):
         config = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("out", "device", "dtype", "eval_only", "fill"):
+        for name in ("out", "device", "dtype", "compile", "eval_only", "fill"):
             del config[name]
     return config
 
