@@ -17,7 +17,6 @@ import functools
 import glob
 import inspect
 import json
-import math
 import os
 import sys
 import sysconfig
@@ -75,11 +74,6 @@ class Data:
         indices = [permutation(N, seed, g // N)[g % N] for g in numbers]
         return self.rows("train", np.array(indices, np.int64), n)
 
-    def frequencies(self):
-        """(V,) the share of each word in the first 16M tokens of train.bin, from a count + 1."""
-        counts = np.bincount(self.tokens["train"][: 1 << 24], minlength=self.vocab_size) + 1
-        return counts / counts.sum()
-
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def permutation(n_rows, seed, epoch):
@@ -131,20 +125,15 @@ def write_tokens(texts, tokenizer, dtype, out, val_every):
     documents = unknown = crc = 0
     with atomic(out / "train.bin") as train, atomic(out / "val.bin") as val:
         while chunk := list(islice(texts, 256)):
-            train_ids, val_ids = [], []
             encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
             for text, encoding in zip(chunk, encodings):
-                ids = train_ids if documents % val_every else val_ids
-                if text == END:
-                    ids.append(EOS)
-                    documents += 1
-                else:
-                    ids += encoding.ids
-            for file, ids in ((train, train_ids), (val, val_ids)):
+                file = train if documents % val_every else val
+                ids = [EOS] if text == END else encoding.ids
+                documents += text == END
+                unknown += ids.count(UNK)
                 block = np.array(ids, dtype)
                 file.write(block)
                 crc = zlib.crc32(block, crc)
-                unknown += int((block == UNK).sum())
         tokens = {"train": train.tell() // dtype.itemsize, "val": val.tell() // dtype.itemsize}
     return dict(documents=documents, tokens=tokens, unknown=unknown, crc32=crc)
 
@@ -230,8 +219,11 @@ def load_tokenizer(path):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", EOS), ("<s>", BOS))
-    if not tokenizer.encode("\U0001f600", add_special_tokens=False).ids:
-        raise UserError(f"{path}: drops what it does not know; give its model an unk_token")
+    emoji, name = (tokenizer.encode(x, add_special_tokens=False).ids for x in ("\U0001f600", "<s>"))
+    if not emoji or BOS in name:
+        raise UserError(
+            f"{path}: drops what it does not know, or takes '<s>' in a text for a token"
+        )
     return tokenizer, max(tokenizer.get_vocab().values()) + 1
 
 
@@ -270,22 +262,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def whole(text, least=0):
-    """A flag's whole number of at least 0."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+def count(text):
+    """A flag's whole number of at least 1."""
+    if int(text) < 1:
+        raise ValueError(text)
     return int(text)
 
 
-def count(text):
-    """A flag's whole number of at least 1."""
-    return whole(text, least=1)
-
-
-def amount(text):
-    """A flag's number of at least 0."""
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+def share(text):
+    """A flag's number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise ValueError(text)
     return float(text)
 
 

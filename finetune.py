@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import Parser, amount, command, count, load_tokenizer, whole
-from model import BOS, EOS, PAD, Classifier, UserError
+from data import Parser, command, count, load_tokenizer
+from model import PAD, Classifier, UserError
 from model import load_pretrained, reading, save_pretrained, write, write_json
 from train import DTYPES, Machine, lr_at, make_optimizer, update
 
@@ -153,19 +153,11 @@ def own_task(path, regression):
 
 def encode(texts, tokenizer, max_len):
     """Token ids of every example: <s> a </s>, or <s> a </s></s> b </s>, cut to max_len at the end
-    of the longer text. Texts are cut before they are joined, so long ones cost no more than their
-    tokens."""
+    of the longer text. Each text is cut to max_len before that, since the library's cut of a pair
+    takes time and memory of the product of both lengths."""
+    tokenizer.enable_truncation(max_len)
     columns = [tokenizer.encode_batch_fast(x, add_special_tokens=False) for x in zip(*texts)]
-    examples = []
-    for a, *b in zip(*([encoding.ids for encoding in column] for column in columns)):
-        if not b:
-            examples.append([BOS, *a[: max_len - 2], EOS])
-            continue
-        [b], room = b, max_len - 4
-        half = (room + (len(a) > len(b))) // 2  # of an odd room, the longer text has one more
-        a = a[: max(room - len(b), half)]
-        examples.append([BOS, *a, EOS, EOS, *b[: room - len(a)], EOS])
-    return examples
+    return [tokenizer.post_process(*example).ids for example in zip(*columns)]
 
 
 # One run
@@ -235,7 +227,7 @@ def run_once(title, task, splits, encoder, config, point, machine):
         logits = np.nan_to_num(predict(model, examples, machine))
         p = logits.argmax(1) if len(task.classes) > 1 else logits[:, 0]
         metrics |= {m + suffix: METRICS[m](p, labels) for m in task.metrics}
-        collapsed |= bool(np.ptp(p) < 1e-3 < np.ptp(labels))  # one answer for all examples
+        collapsed |= len(set(p)) == 1 < len(set(labels))  # one answer for all examples
     score = statistics.mean(metrics.values())
     return dict(point=point, metrics=metrics, score=score, collapsed=collapsed), model
 
@@ -294,43 +286,31 @@ def run_task(name, task, args, tokenizer, machine):
             continue
         title = " ".join([name, *(f"{flag} {value}" for flag, value in point.items())])
         run, model = run_once(title, task, splits, encoder, config, point, machine)
-        if all(merit(run) > merit(other) for other in runs):
+        if all(run["score"] > other["score"] for other in runs):
             save_pretrained(model, out / "hf", Path(args.init, "tokenizer.json"))
         runs.append(run | dict(start=start, settings=settings))
         write(path, "".join(json.dumps(x) + "\n" for x in runs).encode())
         print(f"{title}: {percent(run['metrics'])}{' collapsed' * run['collapsed']}", flush=True)
 
 
-def merit(run):
-    return not run["collapsed"], run["score"]
-
-
 def percent(metrics):
     return "  ".join(f"{m} {100 * v:.1f}" for m, v in metrics.items())
 
 
-def summarize(runs):
-    """Of a task's runs: for each seed the best of the grid by score; over the seeds, the median."""
-    runs = sorted(runs, key=lambda run: run["score"])
-    best = list({run["point"]["seed"]: run for run in runs}.values())  # the last one of each seed
-    scores = [run["score"] for run in best]
-    metrics = {m: statistics.median(run["metrics"][m] for run in best) for m in best[0]["metrics"]}
-    return dict(
-        score=statistics.median(scores), min=min(scores), max=max(scores), seeds=len(best),
-        metrics=metrics, collapsed=sum(run["collapsed"] for run in runs))  # fmt: skip
-
-
 def report(out):
-    """Write results.json from the results of all tasks in a folder, and print it as Table 3
-    does."""
+    """Summarize the results of all tasks in a folder in results.json, and print it as Table 3 does.
+    Of each seed, the best run of the grid counts; over the seeds, the median."""
     summary = {}
     for path in sorted(out.glob("*/results.jsonl")):
-        summary[path.parent.name] = s = summarize(read_results(path))
-        scores = percent({key: s[key] for key in ("score", "min", "max")} | s["metrics"])
-        print(f"{path.parent.name:<7}{scores}  seeds {s['seeds']}  collapsed {s['collapsed']}")
-    average = statistics.mean(s["score"] for s in summary.values())
-    results = dict(summary=summary, average=average, definition=AVERAGE)
-    write_json(out / "results.json", results)
+        runs, name = sorted(read_results(path), key=lambda run: run["score"]), path.parent.name
+        best = {run["point"]["seed"]: run for run in runs}  # the last one of each seed
+        values = [dict(score=run["score"]) | run["metrics"] for run in best.values()]
+        medians = {m: statistics.median(x[m] for x in values) for m in values[0]}
+        collapsed = sum(run["collapsed"] for run in runs)
+        summary[name] = medians | dict(seeds=len(best), collapsed=collapsed)
+        print(f"{name:<7}{percent(medians)}  seeds {len(best)}  collapsed {collapsed}")
+    average = statistics.mean(medians["score"] for medians in summary.values())
+    write_json(out / "results.json", dict(summary=summary, average=average, definition=AVERAGE))
     print(f"average of {len(summary)} tasks: {100 * average:.1f} ({AVERAGE})")
 
 
@@ -342,7 +322,7 @@ def write_predictions(name, task, args, tokenizer, machine):
     for answers, test in (task.tests or {name: "test.tsv"}).items():
         path, answers = Path(args.glue, name, test), Path(args.out, "predictions", f"{answers}.tsv")
         if not path.exists():
-            print(f"{path} is missing, so there is no {answers}")
+            print(f"{path}: missing, not predicted")
             continue
         texts, _ = read_split(path, task, labelled=False)
         logits = predict(model, encode(texts, tokenizer, args.max_len), machine)
@@ -365,10 +345,10 @@ def main(argv):
     add("--glue", required=True, help="folder with GLUE's folders, or with your own")
     add("--init", required=True, help="Hugging Face RoBERTa folder to start from")
     add("--out", required=True, help="folder for results and models")
-    add("--lr", type=amount, nargs="+", help="peak learning rates; None: 5e-5")
+    add("--lr", type=float, nargs="+", help="peak learning rates; None: 5e-5")
     add("--batch_size", type=count, nargs="+", help="examples of a step; None: 32")
     add("--epochs", type=count, nargs="+", help="passes over the training file; None: 3")
-    add("--seed", type=whole, nargs="+", help="seeds of head, order and dropout; None: 0")
+    add("--seed", type=int, nargs="+", help="seeds of head, order and dropout; None: 0")
     add("--sweep", action="store_true", help="Table 5's grid, five seeds, for what is not given")
     add("--max_len", type=count, default=128, help="tokens of an example, if the encoder can")
     add("--predict", action="store_true", help="predict the test files, for the leaderboard")
@@ -381,9 +361,9 @@ def main(argv):
         raise UserError(
             f"{args.init}: tokenizer.json has {V} words, the encoder {config.vocab_size}"
         )
-    args.max_len, args.task = min(args.max_len, config.n_positions), args.task.rstrip("/")
-    if args.max_len < 8 or Path(args.task).name != args.task:
-        raise UserError("--max_len must be at least 8, and --task the name of a folder in --glue")
+    args.max_len = min(args.max_len, config.n_positions)
+    if args.max_len < 8:
+        raise UserError(f"--max_len {args.max_len}: must be at least 8")
     machine, names = Machine(dtype=args.dtype), [args.task]
     if machine.world > 1:
         raise UserError("run finetune.py without torchrun; tasks may run side by side")

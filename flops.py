@@ -55,7 +55,7 @@ def bridge(n_en, d_en, d_de):
 
 
 # A training run. Forward and backward count as 2 x forward, as in the paper; ratios are the same
-# with any factor. n_masked, the [MASK]s of a row, is 0.8rn unless given.
+# with any factor. masked: the share of [MASK] among the tokens to predict.
 
 
 def roberta(b, u, l, n, d, r, V):
@@ -63,17 +63,17 @@ def roberta(b, u, l, n, d, r, V):
     return 2 * b * u * (l * block(n, d) + prediction(n, r, d, V))
 
 
-def three_ml_self(b, u, l_en, l_de, n, d_en, d_de, r, V, n_masked=None):
+def three_ml_self(b, u, l_en, l_de, n, d_en, d_de, r, V, masked=0.8):
     """Eq. 3: 3MLself."""
-    n_en = n - (0.8 * r * n if n_masked is None else n_masked)
+    n_en = n - masked * r * n
     encoder = l_en * block(n_en, d_en) + bridge(n_en, d_en, d_de)
     decoder = l_de * block(n, d_de) + prediction_projected(n, r, d_en, d_de, V)
     return 2 * b * u * (encoder + decoder)
 
 
-def three_ml_cross(b, u, l_en, l_de, n, d_en, d_de, r, V, n_masked=None):
+def three_ml_cross(b, u, l_en, l_de, n, d_en, d_de, r, V, masked=0.8):
     """Eq. 4: 3MLcross; the replaced and unchanged tokens are predicted behind the encoder."""
-    n_de = 0.8 * r * n if n_masked is None else n_masked
+    n_de = masked * r * n
     n_en = n - n_de
     encoder = l_en * block(n_en, d_en) + bridge(n_en, d_en, d_de)
     visible = prediction(n_en, (r * n - n_de) / n_en, d_en, V)
@@ -88,19 +88,19 @@ def forward(config, n, n_masked, k):
     """Forward FLOPs of one row of n tokens, of which n_masked are [MASK] and k are predicted,
     through a model.MaskedLM of this model.ModelConfig: exactly those of its matrix products. None
     if no formula is known for its decoder; a new one needs an entry of FORMULAS."""
-    c, r = config, k / n
+    c, r, V = config, k / n, config.vocab_size
     if c.decoder == "none":
-        return round(roberta(1, 0.5, c.n_layer, n, c.n_embd, r, c.vocab_size))
+        return round(roberta(1, 0.5, c.n_layer, n, c.n_embd, r, V))
     if c.decoder not in FORMULAS:
         return None
     shape = (c.n_layer, c.n_layer_dec, n, c.n_embd, c.n_embd_dec)
-    return round(FORMULAS[c.decoder](1, 0.5, *shape, r, c.vocab_size, n_masked))
+    return round(FORMULAS[c.decoder](1, 0.5, *shape, r, V, masked=n_masked / k))
 
 
 # The table
 
-SIZES = {"large": (4096, 24, 128, 1024), "base": (2048, 12, 512, 768)}  # rows, layers, n, d
-UPDATES = {"large": 23_000, "base": 125_000}  # of vanilla MLM at 15%, to which all are compared
+# Batch size, updates of the baseline (vanilla MLM at 15%), layers, sequence length, width
+SIZES = {"large": (4096, 23_000, 24, 128, 1024), "base": (2048, 125_000, 12, 512, 768)}
 TABLE_3 = (  # name, size, decoder, masking rate, updates, the paper's speed-up
     ("24hBERT-40%", "large", "none", 0.4, 23_000, 1.00),
     ("3MLself-40%", "large", "self", 0.4, 23_000, 1.34),
@@ -115,12 +115,12 @@ TABLE_3 = (  # name, size, decoder, masking rate, updates, the paper's speed-up
 
 
 def speed_up(size, decoder, r, u):
-    """Of a run of Table 3: FLOPs of vanilla MLM at 15% over its FLOPs, as the paper counts them."""
-    b, l, n, d = SIZES[size]
-    baseline = roberta(b, UPDATES[size], l, n, d, 0.15, 50265)
+    """FLOPs of the baseline of a size over those of another run, as the paper counts them."""
+    b, updates, l, n, d = SIZES[size]
+    baseline = roberta(b, updates, l, n, d, 0.15, V=50265)
     if decoder == "none":
-        return baseline / roberta(b, u, l, n, d, r, 50265)
-    return baseline / FORMULAS[decoder](b, u, l, 2, n, d, d // 2, r, 50265)
+        return baseline / roberta(b, u, l, n, d, r, V=50265)
+    return baseline / FORMULAS[decoder](b, u, l, 2, n, d, d // 2, r, V=50265)
 
 
 def main():

@@ -111,8 +111,6 @@ class ModelConfig:
     def __post_init__(self):
         self.n_embd_dec = self.n_embd_dec or self.n_embd // 2
         self.norm = self.norm or ("pre" if self.decoder == "cross" else "post")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}, must be below 1")
         for width in [self.n_embd] if self.decoder == "none" else [self.n_embd, self.n_embd_dec]:
             if width % self.head_size:
                 raise UserError(f"head_size is {self.head_size}, no divisor of the width {width}")
@@ -300,8 +298,8 @@ class MaskedLM(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = DECODERS[config.decoder](config).apply(init_weights)
-        self.ln = nn.LayerNorm(config.n_embd)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.head_ln = nn.LayerNorm(config.n_embd)
+        self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def logits(self, batch):
         """Corrupted -> the scores of all words at batch.predict, (B, k, V)."""
@@ -311,7 +309,7 @@ class MaskedLM(nn.Module):
             visible = batch.inputs.gather(1, batch.kept)  # (B, n_en): mask later
             latents = self.encoder(visible, batch.kept)  # (B, n_en, d_en)
         states = self.decoder(latents, batch)  # (B, k, d_en)
-        return F.linear(self.ln(F.gelu(states)), self.encoder.tok.weight, self.bias)
+        return F.linear(self.head_ln(F.gelu(states)), self.encoder.tok.weight, self.head_bias)
 
     def forward(self, batch):
         """Corrupted -> losses (B, k) in nats, in the order of batch.predict; computed in fp32."""
@@ -333,43 +331,39 @@ class Classifier(nn.Module):
         self.labels = [str(i) for i in range(n_classes)]  # names of the classes, for config.json
         self.encoder = Encoder(config)
         self.drop = nn.Dropout(config.dropout)
-        self.dense = nn.Linear(config.n_embd, config.n_embd)
-        self.out = nn.Linear(config.n_embd, n_classes)
+        self.head_dense = nn.Linear(config.n_embd, config.n_embd)
+        self.head_out = nn.Linear(config.n_embd, n_classes)
 
     def forward(self, tokens, attention_mask=None):
         """tokens (B, T), attention_mask (B, T) bool -> logits (B, n_classes)."""
         x = self.encoder(tokens, attention_mask=attention_mask)[:, 0]  # (B, d_en), the state of <s>
-        return self.out(self.drop(torch.tanh(self.dense(self.drop(x)))))
+        return self.head_out(self.drop(torch.tanh(self.head_dense(self.drop(x)))))
 
 
 # Hugging Face folders. A post-LN encoder is transformers' Roberta, a pre-LN one its
 # RobertaPreLayerNorm.
 
 HF_MODELS = {"post": "roberta", "pre": "roberta_prelayernorm"}
-HF_NAMES = {  # parts of our encoder's names, and of transformers'; replaced in this order
+HF_NAMES = {  # parts of our parameters' names, and of transformers'; replaced in this order
     "transformer.blocks.": "encoder.layer.", "transformer.ln.": "LayerNorm.",
-    "ln.": "embeddings.LayerNorm.", "tok.": "embeddings.word_embeddings.",
-    "pos.": "embeddings.position_embeddings.", "attn.q.": "attention.self.query.",
-    "attn.k.": "attention.self.key.", "attn.v.": "attention.self.value.",
-    "attn.out.": "attention.output.dense.", "fc1.": "intermediate.dense.", "fc2.": "output.dense.",
+    "head_ln.": "lm_head.layer_norm.", "head_bias": "lm_head.bias",
+    "decoder.fc1.": "lm_head.dense.", "head_dense.": "classifier.dense.",
+    "head_out.": "classifier.out_proj.", "ln.": "embeddings.LayerNorm.",
+    "tok.": "embeddings.word_embeddings.", "pos.": "embeddings.position_embeddings.",
+    "attn.q.": "attention.self.query.", "attn.k.": "attention.self.key.",
+    "attn.v.": "attention.self.value.", "attn.out.": "attention.output.dense.",
+    "fc1.": "intermediate.dense.", "fc2.": "output.dense.",
 }  # fmt: skip
 HF_NORMS = {
     "post": {"ln1.": "attention.output.LayerNorm.", "ln2.": "output.LayerNorm."},
     "pre": {"ln1.": "attention.LayerNorm.", "ln2.": "intermediate.LayerNorm."},
 }
-HF_HEADS = {  # our modules outside of the encoder: vanilla MLM's head, and the classifier's
-    "decoder.fc1": "lm_head.dense", "ln": "lm_head.layer_norm", "": "lm_head",
-    "dense": "classifier.dense", "out": "classifier.out_proj",
-}  # fmt: skip
 HF_TOKEN_TYPE = "embeddings.token_type_embeddings.weight"  # of the one type that there is
 
 
 def hf_name(name, norm):
-    """What transformers calls a parameter of ours, without the name of the model in front."""
-    module, _, kind = name.rpartition(".")
-    if module in HF_HEADS:
-        return f"{HF_HEADS[module]}.{kind}"
-    name = name.removeprefix("encoder.")
+    """What transformers calls a parameter of ours."""
+    name = name.replace("encoder.", HF_MODELS[norm] + ".")
     for ours, theirs in (HF_NAMES | HF_NORMS[norm]).items():
         name = name.replace(ours, theirs)
     return name
@@ -398,11 +392,8 @@ def save_pretrained(model, directory, tokenizer_file=None):
     if isinstance(model, MaskedLM) and config.decoder != "none":
         state = model.encoder.state_dict(prefix="encoder.")
     state["encoder.pos.weight"] = F.pad(state["encoder.pos.weight"], (0, 0, 2, 0))
-    prefix, weights = HF_MODELS[config.norm] + ".", {}
-    for name, p in state.items():
-        theirs = hf_name(name, config.norm)
-        weights[prefix + theirs if name.startswith("encoder.") else theirs] = p.float().cpu()
-    weights[prefix + HF_TOKEN_TYPE] = torch.zeros(1, config.n_embd)
+    weights = {hf_name(name, config.norm): p.float().cpu() for name, p in state.items()}
+    weights[f"{HF_MODELS[config.norm]}.{HF_TOKEN_TYPE}"] = torch.zeros(1, config.n_embd)
     if isinstance(model, Classifier):
         settings["id2label"] = dict(enumerate(model.labels))
         settings["label2id"] = {label: i for i, label in enumerate(model.labels)}
@@ -438,10 +429,10 @@ def load_pretrained(directory, n_classes=None):
         model = Classifier(config, n_classes or 1)
     prefix, state = HF_MODELS[config.norm] + ".", {}  # a RobertaModel's weights lack that prefix
     weights = {name.removeprefix(prefix): p for name, p in read_weights(directory).items()}
-    with reading(directory, "the weights must fit config.json"):
+    with reading(directory, "model.safetensors must fit config.json"):
         for name in model.state_dict():
             if n_classes or name.startswith("encoder."):
-                state[name] = weights[hf_name(name, config.norm)].float()
+                state[name] = weights[hf_name(name, config.norm).removeprefix(prefix)].float()
         # All tokens are of one type, so the embedding of that type belongs to every position.
         token_type = weights.get(HF_TOKEN_TYPE, torch.zeros(1, 1))
         state["encoder.pos.weight"] = state["encoder.pos.weight"][2:] + token_type
@@ -454,8 +445,6 @@ def read_weights(directory):
     takes safetensors, and so do we. Runs no code in them. Raises UserError."""
     files = sorted(directory.glob("model*.safetensors"))
     files = files or sorted(directory.glob("pytorch_model*.bin"))
-    if not files:
-        raise UserError(f"{directory}: contains no model.safetensors and no pytorch_model.bin")
     weights = {}
     for path in files:
         with reading(path):

@@ -20,9 +20,7 @@ import json
 import math
 import os
 import platform
-import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import flops
-from data import Data, Parser, amount, command, count, load_tokenizer, seed_of, whole
+from data import Data, Parser, command, count, load_tokenizer, seed_of, share
 from data import main as prepare_default_data
 from model import DECODERS, Corrupted, MaskedLM, ModelConfig, UserError, atomic, corrupt, counts
 from model import load_pretrained, reading, save_pretrained, write, write_json
@@ -71,7 +69,7 @@ def parse_flags(argv):
     add("--data", default="data/python-docs", help="folder that data.py has prepared")
     add("--out", help="folder of the run; default: out/RECIPE")
     add("--init", help="Hugging Face folder of a RoBERTa, to start from its encoder")
-    add("--seed", type=whole, default=0, help="seed of initialization, rows, masks and dropout")
+    add("--seed", type=int, default=0, help="seed of initialization, rows, masks and dropout")
     add("--eval_only", action="store_true", help="evaluate and export the checkpoint in --out")
     add("--fill", metavar="TEXT", help="print the likeliest words for each <mask> of a text")
 
@@ -83,21 +81,21 @@ def parse_flags(argv):
     add("--n_layer_dec", type=count, default=2, help="layers of the decoder")
     add("--n_embd_dec", type=count, help="width of the decoder; None: half of n_embd")
     add("--norm", choices=("post", "pre"), help="LayerNorm; None: pre for cross, else post")
-    add("--dropout", type=amount, help="dropout of hidden states and attention weights")
+    add("--dropout", type=share, help="dropout of hidden states and attention weights")
     add("--n_positions", type=count, help="longest row the model can take; None: seq_len")
 
     add = parser.add_argument_group("training").add_argument
-    add("--mask_rate", type=amount, help="share r of a row's tokens to predict")
-    add("--strategy", type=amount, nargs=3, default=[0.8, 0.1, 0.1],
+    add("--mask_rate", type=share, help="share r of a row's tokens to predict")
+    add("--strategy", type=share, nargs=3, default=[0.8, 0.1, 0.1],
         help="shares of [MASK], random and unchanged tokens among these")  # fmt: skip
     add("--seq_len", type=count, help="tokens of a row, <s> and </s> included")
     add("--batch_size", type=count, help="rows of a step, over all processes and micro-batches")
     add("--micro_batch_size", type=count, help="rows that go through a process at once")
     add("--max_steps", type=count, help="steps of the run, and of its learning-rate schedule")
-    add("--lr", type=amount, help="peak learning rate")
-    add("--warmup", type=amount, default=0.06, help="share of the steps with a rising rate")
-    add("--weight_decay", type=amount, default=0.01, help="AdamW's, on matrices only")
-    add("--grad_clip", type=amount, default=0.0, help="largest norm of the gradient; 0 is off")
+    add("--lr", type=float, help="peak learning rate")
+    add("--warmup", type=share, default=0.06, help="share of the steps with a rising rate")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices only")
+    add("--grad_clip", type=float, default=0.0, help="largest norm of the gradient; 0 is off")
 
     add = parser.add_argument_group("watching and saving").add_argument
     add("--log_every", type=count, default=50, help="steps between lines of the log")
@@ -108,7 +106,8 @@ def parse_flags(argv):
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to run")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="precision of products")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None: on CUDA")
+    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        help="torch.compile the training step")  # fmt: skip
 
     given, _ = parser.parse_known_args([x for x in argv if x not in ("-h", "--help")])
     defaults = RECIPES[given.recipe] | dict(out=f"out/{given.recipe}")
@@ -148,8 +147,9 @@ def make_optimizer(model, weight_decay):
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def corrupted(rows, rate, args, data, generator):
-    """A batch of rows, corrupted by the run's strategy."""
+def corrupted(rows, rate, args, data, seed):
+    """Rows (B, n), corrupted by the run's strategy with a generator of this seed."""
+    generator = torch.Generator(rows.device).manual_seed(seed)
     ids = dict(vocab_size=data.vocab_size, mask_id=data.mask_id)
     return corrupt(rows, rate, args.strategy, generator=generator, **ids)
 
@@ -157,11 +157,8 @@ def corrupted(rows, rate, args, data, generator):
 def step_batch(data, args, step, device):
     """The corrupted rows of a step, of all processes: each makes them all, which costs little, and
     uses its share, so that the number of processes cannot matter."""
-    rows = data.batch(step, args.batch_size, args.seq_len, args.seed)
-    if device.type == "cuda":  # a copy that the GPU's queue of work does not delay
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    generator = torch.Generator(device).manual_seed(seed_of(args.seed, 2, step))
-    return corrupted(rows.to(device), args.mask_rate, args, data, generator)
+    rows = data.batch(step, args.batch_size, args.seq_len, args.seed).to(device)
+    return corrupted(rows, args.mask_rate, args, data, seed_of(args.seed, 2, step))
 
 
 def rows_of(batch, start, stop, device):
@@ -178,10 +175,10 @@ def backward(model, batch, args, step, machine, scaler):
     for at in range(start, end, args.micro_batch_size):
         torch.manual_seed(seed_of(args.seed, 3, step, at))  # dropout
         stop = min(at + args.micro_batch_size, end)
-        with nullcontext() if stop == end or machine.world == 1 else model.no_sync():
-            with machine.autocast():
-                loss = model(rows_of(batch, at, stop, machine.device)).sum() / (share * k)
-            scaler.scale(loss).backward()
+        model.require_backward_grad_sync = stop == end  # DDP averages behind the last micro-batch
+        with machine.autocast():
+            loss = model(rows_of(batch, at, stop, machine.device)).sum() / (share * k)
+        scaler.scale(loss).backward()
         total = total + loss.detach()
     return total
 
@@ -202,39 +199,38 @@ def update(model, optimizer, scaler, lr, grad_clip=0.0):
 # The run
 
 
-def train(model, optimizer, scaler, data, val, args, machine, settings, first):
-    """Steps from `first` to max_steps. val: see validation_batches. Returns the last evaluation."""
+def train(model, optimizer, scaler, data, args, machine, settings, first, last):
+    """The steps from `first` up to `last`. settings: see save_checkpoint."""
     wrapped = torch.compile(model) if args.compile else model  # evaluation takes `model` itself
     if machine.world > 1:
         wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
     batch, seconds, logged = step_batch(data, args, first, machine.device), 0.0, first
-    bar = dict(total=args.max_steps, initial=first, disable=machine.rank > 0 or None)
-    for step in tqdm(range(first, args.max_steps), "training", **bar):
+    bar = tqdm(total=last, initial=first, desc="training", disable=machine.rank > 0 or None)
+    for step in range(first, last):
         began, done = time.perf_counter(), step + 1
         loss = backward(wrapped, batch, args, step, machine, scaler)
         batch = step_batch(data, args, done, machine.device)  # while a GPU is busy with this step
         lr = lr_at(step, args.lr, args.warmup, args.max_steps)
         norm = update(model, optimizer, scaler, lr, args.grad_clip)
-        last = done == args.max_steps
-        log = done % args.log_every == 0 or done == 1 or last
-        save = done % args.save_every == 0 or last
+        log = done % args.log_every == 0 or done in (1, last)
+        save = done % args.save_every == 0 or done == last
         if log or save:  # only here is the device waited for, and nothing unsound is saved
-            loss, norm = machine.sum([loss / machine.world])[0], float(norm)
+            loss, norm = machine.sum(loss / machine.world).item(), float(norm)
             if not math.isfinite(loss + (0 if scaler.is_enabled() else norm)):
                 advice = "resume with --grad_clip 1 (Table 4), or start again with a lower --lr"
                 raise UserError(f"step {done}: diverged, loss {loss}, gradient {norm}; {advice}")
+        bar.update()
         seconds += time.perf_counter() - began
         if log:
             entry = dict(step=done, loss=loss, lr=lr, grad_norm=norm)
             entry |= speed(seconds / (done - logged), model.config, args, machine)
             write_log(entry, args, machine)
             seconds, logged = 0.0, done
-        if done % args.eval_every == 0 or last:
-            entry = dict(step=done) | evaluate(model, val, args, machine)
-            write_log(entry, args, machine)
+        if done % args.eval_every == 0 and done < last:
+            write_log(dict(step=done) | evaluate(model, data, args, machine), args, machine)
         if save and machine.rank == 0:
             save_checkpoint(args.out, done, settings, model, optimizer, scaler)
-    return entry
+    bar.close()
 
 
 def speed(seconds, config, args, machine):
@@ -243,64 +239,44 @@ def speed(seconds, config, args, machine):
     k, n_m, _ = counts(args.seq_len, args.mask_rate, args.strategy)
     forward, mfu = flops.forward(config, args.seq_len, n_m, k), None
     if machine.peak and forward:
-        mfu = 3 * args.batch_size * forward / seconds / (machine.peak * machine.world)
-    return dict(tokens_per_s=round(args.batch_size * args.seq_len / seconds), mfu=mfu)
+        mfu = 3 * forward * args.batch_size / seconds / (machine.peak * machine.world)
+    return dict(tokens_per_s=round(args.seq_len * args.batch_size / seconds), mfu=mfu)
 
 
 def write_log(entry, args, machine):
-    """Append an entry to log.jsonl, and show it."""
+    """Append an entry to log.jsonl, and print it."""
     if machine.rank == 0:
-        with open(Path(args.out) / "log.jsonl", "a") as f:
+        with open(Path(args.out, "log.jsonl"), "a") as f:
             f.write(json.dumps(entry) + "\n")
-        machine.say(format_entry(entry))
-
-
-def format_entry(entry):
-    """An entry of the log for people, without what was evaluated at the common rate."""
-    values = [(name, x) for name, x in entry.items() if x is not None and name[-3:] != "_15"]
-    return "  ".join(f"{name} {x:,}" if type(x) is int else f"{name} {x:.4g}" for name, x in values)
+        machine.say("  ".join(f"{name} {x:,.6g}" for name, x in entry.items() if x is not None))
 
 
 # Evaluation
 
 
-def validation_batches(data, args):
-    """{suffix of the names in the log: Corrupted}: the same rows at the run's own masking rate and
-    at 15%. The masks come from a fixed seed on the CPU: they are the same for all runs on all
-    devices."""
-    count, batches = min(args.eval_rows, data.n_rows("val", args.seq_len)), {}
-    rows = data.rows("val", np.arange(count), args.seq_len)
-    for suffix, rate in {"": args.mask_rate, "_15": COMMON_RATE}.items():
-        masks = torch.Generator().manual_seed(0)
-        batches[suffix] = corrupted(rows, rate, args, data, masks)
-    return batches
-
-
 @torch.no_grad()
-def evaluate(model, batches, args, machine):
-    """Validation losses in nats and perplexities, as an entry of the log. All processes share the
-    work."""
+def evaluate(model, data, args, machine):
+    """Validation losses in nats, and perplexities of all tokens and of each kind, as an entry of
+    the log: at the run's own masking rate, and at 15% ("_15"). All processes share the work. The
+    rows are the first ones, and the masks come from a fixed seed on the CPU: they are the same for
+    all runs on all devices."""
     model.eval()
-    entry, size = {}, args.micro_batch_size
-    for suffix, batch in batches.items():
+    rows = np.arange(min(args.eval_rows, data.n_rows("val", args.seq_len)))
+    rows, entry, size = data.rows("val", rows, args.seq_len), {}, args.micro_batch_size
+    for suffix, rate in {"": args.mask_rate, "_15": COMMON_RATE}.items():
+        batch = corrupted(rows, rate, args, data, seed=0)
         nats = torch.zeros(batch.predict.size(1), dtype=torch.float64)  # (k,)
-        for at in range(machine.rank * size, len(batch.inputs), machine.world * size):
+        for at in range(machine.rank * size, len(rows), machine.world * size):
             with machine.autocast():
                 nats += model(rows_of(batch, at, at + size, machine.device)).sum(0).cpu()
-        nats = torch.tensor(machine.sum(nats)) / len(batch.inputs)
-        entry |= perplexities(nats, batch, suffix)
+        nats = machine.sum(nats) / len(rows)
+        n_m, n_replaced = batch.masked.size(1), batch.n_replaced
+        masked, replaced, unchanged = nats.tensor_split([n_m, n_m + n_replaced])
+        kinds = {"": nats, "_masked": masked, "_replaced": replaced, "_unchanged": unchanged}
+        entry[f"val_loss{suffix}"] = nats.mean().item()
+        for kind, part in kinds.items():
+            entry[f"ppl{kind}{suffix}"] = part.mean().exp().item() if len(part) else None
     model.train()
-    return entry
-
-
-def perplexities(nats, batch, suffix=""):
-    """Loss and perplexities of all tokens and of each kind; nats (k,): mean losses at
-    batch.predict."""
-    n_m, n_replaced, k = batch.masked.size(1), batch.n_replaced, len(nats)
-    kinds = nats.split([n_m, n_replaced, k - n_m - n_replaced])
-    entry = {f"val_loss{suffix}": float(nats.mean())}
-    for name, part in zip(("", "_masked", "_replaced", "_unchanged"), (nats, *kinds)):
-        entry[f"ppl{name}{suffix}"] = math.exp(min(part.mean(), 700)) if len(part) else None
     return entry
 
 
@@ -309,17 +285,17 @@ def fill(args):
     """Print the five likeliest words for each <mask> of a text, by the run in --out."""
     model = make_model(args).eval()
     model.load_state_dict(load_checkpoint(args.out)["model"])
-    tokenizer, _ = load_tokenizer(Path(args.out) / "tokenizer.json")
+    tokenizer, _ = load_tokenizer(Path(args.out, "tokenizer.json"))
     tokenizer.encode_special_tokens = False  # here "<mask>" is no plain text
     tokens = torch.tensor([tokenizer.encode(args.fill).ids])  # (1, n)
     is_mask = tokens[0] == tokenizer.token_to_id("<mask>")
     kept, masked = (~is_mask).nonzero().T, is_mask.nonzero().T  # (1, n_en), (1, n_m)
     if not masked.numel() or tokens.numel() > args.n_positions:
         raise UserError(f"--fill: give one <mask> or more, in at most {args.n_positions} tokens")
-    batch = Corrupted(tokens, kept, masked, masked, tokens.gather(1, masked), 0)
+    batch = Corrupted(tokens, kept, masked, predict=masked, labels=masked, n_replaced=0)
     for shares in model.logits(batch)[0].softmax(-1):  # (V,)
-        best = [(tokenizer.decode([i]), shares[i]) for i in shares.topk(5).indices]
-        print("  ".join(f"{word!r} {share:.1%}" for word, share in best))
+        best = shares.topk(5).indices
+        print("  ".join(f"{tokenizer.decode([i])!r} {shares[i]:.1%}" for i in best))
 
 
 # Checkpoints
@@ -327,43 +303,36 @@ def fill(args):
 
 def save_checkpoint(out, done, settings, model, optimizer, scaler):
     """Write ckpt.pt: whole, or the one before remains. settings: what makes the run this one."""
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    state = {name: part.state_dict() for name, part in parts.items()}
-    with atomic(Path(out) / "ckpt.pt") as f:
-        torch.save(state | dict(step=done, settings=settings), f)
+    state = dict(
+        step=done, settings=settings, model=model.state_dict(), optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict())  # fmt: skip
+    with atomic(Path(out, "ckpt.pt")) as f:
+        torch.save(state, f)
 
 
 def load_checkpoint(out):
     """The dict in ckpt.pt. Raises UserError if it is missing or broken."""
-    path = Path(out) / "ckpt.pt"
+    path = Path(out, "ckpt.pt")
     with reading(path, "move it away to start from the beginning"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if "settings" not in state:
-            raise ValueError("not of this train.py")
-    return state
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def resume(out, settings, model, optimizer, scaler):
     """Load the checkpoint of a run, if there is one. Returns the number of steps that are done."""
-    if not (Path(out) / "ckpt.pt").exists():
+    if not Path(out, "ckpt.pt").exists():
         return 0
     state = load_checkpoint(out)
+    old = state.get("settings", {})  # another program's file has none
     for name, new in settings.items():
-        old = state["settings"].get(name)
-        if new != old:
-            raise UserError(f"{out}: its run has {name} {old}, not {new}; choose another --out")
+        if new != old.get(name):
+            raise UserError(
+                f"{out}: its run has {name} {old.get(name)}, not {new}; use another --out"
+            )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty without fp16
         scaler.load_state_dict(state["scaler"])
     return state["step"]
-
-
-def trim_log(path, first):
-    """Drop entries behind step `first`, which come again, and a last line that was cut short."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= first]
-    write(path, "".join(lines).encode())
 
 
 def read_config(out):
@@ -390,13 +359,12 @@ class Machine:
 
     def __init__(self, device="auto", dtype="auto"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        best, found, self.peak = torch.float32, "cpu", None
-        if torch.accelerator.is_available():
-            found = torch.accelerator.current_accelerator().type
-        kind = found if device == "auto" else device
-        if kind not in (found, "cpu"):
-            raise UserError(f"--device {kind}: torch sees none here; use --device cpu")
-        if kind == "cuda":
+        self.device, best, self.peak = torch.device("cpu"), torch.float32, None
+        if device != "cpu" and torch.accelerator.is_available():
+            self.device = torch.accelerator.current_accelerator()
+        if device not in ("auto", self.device.type):
+            raise UserError(f"--device {device}: torch sees none here; use --device cpu")
+        if self.device.type == "cuda":
             local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             if local_rank >= gpus:
                 raise UserError(f"--nproc_per_node: more processes than the {gpus} GPUs here")
@@ -404,11 +372,11 @@ class Machine:
             name = torch.cuda.get_device_name()
             self.peak = next((peak for gpu, peak in PEAKS.items() if gpu in name), None)
             best = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-        elif kind == "cpu":
+        elif self.device.type == "cpu":
             tune_cpu()
             best = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else best
         torch.set_float32_matmul_precision("high")
-        self.device, self.dtype = torch.device(kind), DTYPES.get(dtype, best)
+        self.dtype = DTYPES.get(dtype, best)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
@@ -417,13 +385,12 @@ class Machine:
         """fp16's gradients are scaled; for other dtypes, this does nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
-    def sum(self, values):
-        """A list or vector of numbers, each summed over the processes; a list."""
-        values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    def sum(self, x):
+        """A tensor, summed over the processes; on the CPU."""
         if self.world > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return values.tolist()
+            x = x.to(self.device)
+            dist.all_reduce(x)
+        return x.cpu()
 
     def say(self, text):
         """Print a line above the progress bar, in the first process."""
@@ -461,9 +428,9 @@ def open_data(args, machine):
     """The folder --data. Prepares the default one if there is none yet."""
     default = args.data == "data/python-docs" and not Path(args.data, "meta.json").exists()
     if default and machine.rank == 0:
-        machine.say(f"preparing {args.data} from the docstrings of the installed Python")
         prepare_default_data([])
-    machine.sum([0])  # the others wait for the first process
+    if machine.world > 1:
+        dist.barrier()  # the others wait for the first process
     return Data(args.data)
 
 
@@ -473,10 +440,8 @@ def run(args, machine):
         raise UserError(f"--seq_len {args.seq_len}: longer than n_positions, {args.n_positions}")
     if args.batch_size % machine.world:
         raise UserError(f"--batch_size {args.batch_size}: no multiple of {machine.world} processes")
-    if args.compile is None:
-        args.compile = machine.device.type == "cuda"
-    if args.compile and not any(map(shutil.which, ("cc", "gcc", "clang", "cl"))):
-        raise UserError("--compile: torch.compile needs a C compiler; or give --no-compile")
+    if args.compile:
+        machine.say("compiling the model; this needs a C compiler, --no-compile does not")
     data, out = open_data(args, machine), Path(args.out)
     args.vocab_size = data.vocab_size
     model = make_model(args).to(machine.device)
@@ -484,7 +449,8 @@ def run(args, machine):
     scaler = machine.scaler()
     settings = {name: x for name, x in vars(args).items() if name not in MAY_DIFFER}
     settings |= vars(model.config) | dict(data=data.meta)
-    first, val = resume(out, settings, model, optimizer, scaler), validation_batches(data, args)
+    first = resume(out, settings, model, optimizer, scaler)
+    last = first if args.eval_only else max(first, args.max_steps)
     if machine.world > 1:
         everyones = [None] * machine.world
         dist.all_gather_object(everyones, (first, settings))
@@ -493,22 +459,14 @@ def run(args, machine):
             raise UserError("--data and --out differ between processes; they must share a disk")
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     machine.say(f"{size} on {machine.world} x {machine.device}, {machine.dtype}; at step {first:,}")
-    if args.eval_only and first == 0:
-        raise UserError(f"--eval_only: there is no checkpoint in {out}")
-    if args.eval_only or first >= args.max_steps:
-        entry = dict(step=first) | evaluate(model, val, args, machine)
-    else:
-        if machine.rank == 0:
-            write_json(out / "config.json", vars(args))
-            write(out / "tokenizer.json", (data.directory / "tokenizer.json").read_bytes())
-            trim_log(out / "log.jsonl", first)
-        entry = train(model, optimizer, scaler, data, val, args, machine, settings, first)
+    if machine.rank == 0:
+        write_json(out / "config.json", vars(args))
+        write(out / "tokenizer.json", (data.directory / "tokenizer.json").read_bytes())
+    train(model, optimizer, scaler, data, args, machine, settings, first, last)
+    write_log(dict(step=last) | evaluate(model, data, args, machine), args, machine)
     if machine.rank == 0:
         save_pretrained(model, out / "hf", out / "tokenizer.json")
-        nats = -torch.from_numpy(data.frequencies())[val[""].labels].log().mean(0)  # (k,)
-        machine.say(f"\nevaluation:          {format_entry(entry)}")
-        machine.say(f"word frequency only: {format_entry(perplexities(nats, val['']))}")
-        machine.say(f"{out}/hf: the encoder, for finetune.py and transformers; {out}/ckpt.pt: all")
+        machine.say(f"{out}/hf: the encoder, for finetune.py and transformers")
 
 
 @command
