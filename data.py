@@ -234,8 +234,9 @@ def command(main):
     """Decorator of a script's main: what the user can put right is one line on stderr, status 2."""
 
     def run(argv=None):
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal lacks a character
+        if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+            # Show lines at once, in files too, and no error where a terminal lacks a character.
+            sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
         try:
             main(sys.argv[1:] if argv is None else argv)
         except (UserError, OSError) as e:

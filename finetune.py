@@ -280,17 +280,16 @@ def run_task(name, task, args, tokenizer, machine):
     for file in files:
         texts, labels = read_split(file, task)
         splits.append((encode(texts, tokenizer, args.max_len), labels))
-        print(f"{file}: {len(texts):,} examples", flush=True)
     for point in grid(name, args):
         if any(run["point"] == point for run in runs):
             continue
-        title = " ".join([name, *(f"{flag} {value}" for flag, value in point.items())])
+        title = f"{name} {point}"
         run, model = run_once(title, task, splits, encoder, config, point, machine)
         if all(run["score"] > other["score"] for other in runs):
             save_pretrained(model, out / "hf", Path(args.init, "tokenizer.json"))
         runs.append(run | dict(start=start, settings=settings))
         write(path, "".join(json.dumps(x) + "\n" for x in runs).encode())
-        print(f"{title}: {percent(run['metrics'])}{' collapsed' * run['collapsed']}", flush=True)
+        print(f"{title}: {percent(run['metrics'])}{' collapsed' * run['collapsed']}")
 
 
 def percent(metrics):

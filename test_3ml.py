@@ -1116,7 +1116,7 @@ def test_an_interrupted_sweep_makes_each_run_exactly_once(
         assert math.isclose(summary["score"], np.median(scores[name].max(axis=1)))
         best = max(runs, key=lambda run: run["score"])["point"]
         config = (out / name / "hf/config.json").read_text()
-        assert f"{name} seed {best['seed']} lr {best['lr']} " in config
+        assert f"{name} {best}" in config
         assert '"hidden_dropout_prob": 0.1' in config  # Table 5
         assert (out / name / "hf/tokenizer.json").exists()
     tasks = [summary["score"] for summary in results["summary"].values()]

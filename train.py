@@ -44,13 +44,11 @@ RECIPES = {
         batch_size=32, micro_batch_size=32, max_steps=4500, lr=7e-4, eval_every=500,
         save_every=500),
     "efficient-large": dict(
-        n_layer=24, n_embd=1024, norm="pre", dropout=0.1, mask_rate=0.5, seq_len=128,
-        batch_size=4096, micro_batch_size=256, max_steps=23_000, lr=2e-3, eval_every=1000,
-        save_every=1000),
+        n_layer=24, n_embd=1024, norm="pre", mask_rate=0.5, seq_len=128, batch_size=4096,
+        micro_batch_size=256, max_steps=23_000, lr=2e-3),
     "longer-base": dict(
-        n_layer=12, n_embd=768, norm=None, dropout=0.1, mask_rate=0.4, seq_len=512,
-        batch_size=2048, micro_batch_size=64, max_steps=125_000, lr=7e-4, eval_every=1000,
-        save_every=1000),
+        n_layer=12, n_embd=768, mask_rate=0.4, seq_len=512, batch_size=2048, micro_batch_size=64,
+        max_steps=125_000, lr=7e-4),
 }  # fmt: skip
 # Flags that may differ when a run is resumed. All others, and the data, must be the same.
 MAY_DIFFER = (
@@ -81,7 +79,7 @@ def parse_flags(argv):
     add("--n_layer_dec", type=count, default=2, help="layers of the decoder")
     add("--n_embd_dec", type=count, help="width of the decoder; None: half of n_embd")
     add("--norm", choices=("post", "pre"), help="LayerNorm; None: pre for cross, else post")
-    add("--dropout", type=share, help="dropout of hidden states and attention weights")
+    add("--dropout", type=share, default=0.1, help="dropout of hidden states and attention weights")
     add("--n_positions", type=count, help="longest row the model can take; None: seq_len")
 
     add = parser.add_argument_group("training").add_argument
@@ -99,9 +97,9 @@ def parse_flags(argv):
 
     add = parser.add_argument_group("watching and saving").add_argument
     add("--log_every", type=count, default=50, help="steps between lines of the log")
-    add("--eval_every", type=count, help="steps between evaluations")
+    add("--eval_every", type=count, default=1000, help="steps between evaluations")
     add("--eval_rows", type=count, default=1024, help="validation rows to evaluate on")
-    add("--save_every", type=count, help="steps between checkpoints")
+    add("--save_every", type=count, default=1000, help="steps between checkpoints")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to run")
@@ -395,8 +393,7 @@ class Machine:
     def say(self, text):
         """Print a line above the progress bar, in the first process."""
         if self.rank == 0:
-            with tqdm.external_write_mode():
-                print(text, flush=True)
+            tqdm.write(text)
 
 
 def tune_cpu():
