@@ -7,6 +7,7 @@ A test compares with something independent (transformers, torch's own layers, sc
 FlopCounterMode, a count by hand, a table of the paper), or holds two runs to a relation that a
 mistake would break. A comparison whose library is not installed is skipped."""
 
+import importlib.util
 import json
 import math
 import os
@@ -910,15 +911,64 @@ def test_a_decoder_can_be_added(corpus, tmp_path, monkeypatch):
     assert flops.forward(trained(tmp_path).config, 16, 6, 7) is None  # not another's
 
 
-@pytest.mark.parametrize(
-    "patch", sorted(HERE.glob("experiments/changes/*.patch")), ids=lambda p: p.stem
-)
-def test_the_readmes_changes_apply_and_learn(patch, corpus, tmp_path):
+def spans(changed):
+    """[MASK]s come in longer runs: 1 / (1 - 0.4) of independent ones are 1.7."""
+
+    def mean_run(corrupt):
+        batch = corrupt(random_rows(500, 128), 0.5, vocab_size=V, mask_id=MASK)
+        chosen = torch.zeros(500, 128).scatter(1, batch.masked, 1)
+        return chosen.sum() / (chosen.diff(dim=1) > 0).sum()
+
+    assert mean_run(m.corrupt) < 1.8 and mean_run(changed.corrupt) > 2.4
+
+
+def only_latents(changed):
+    """A [MASK] is predicted as if there were no other."""
+    for model, alike in ((changed, True), (m, False)):
+        net, batch = shaken(model.MaskedLM(config_of(decoder="cross"))), random_batch()
+        one = batch.masked[:, :1]
+        alone = batch._replace(masked=one, predict=one, labels=one, n_replaced=0)
+        assert torch.allclose(net.logits(alone)[:, 0], net.logits(batch)[:, 0], atol=1e-5) == alike
+
+
+def sinusoids(changed):
+    """The product of two positions depends on their distance alone, and nothing trains them."""
+    positions = changed.MaskedLM(config_of()).encoder.pos.weight
+    products = positions @ positions.T
+    close(products[1:, 1:], products[:-1, :-1])
+    assert not positions.requires_grad and products[0, 0] > products[0, 9]
+
+
+def neighbours(changed):
+    net, batch, latents = (
+        changed.NeighbourDecoder(config_of()),
+        random_batch(),
+        torch.randn(4, 13, 32),
+    )
+    states = net(latents, batch)
+    for r, i in np.ndindex(*batch.predict.shape):
+        at, kept = batch.predict[r, i], batch.kept[r]
+        left, right = latents[r, kept < at][-1], latents[r, kept > at][0]
+        close(states[r, i], net.fc1(torch.cat([left, right])))
+
+
+EFFECTS = dict(span_masking=spans, masks_see_only_latents=only_latents,
+               sinusoidal_positions=sinusoids, neighbour_decoder=neighbours)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [path.stem for path in HERE.glob("experiments/changes/*")])
+def test_the_readmes_changes_do_what_they_say_and_learn(name, corpus, tmp_path):
     for script in HERE.glob("*.py"):
         shutil.copy(script, tmp_path)
+    patch = HERE / f"experiments/changes/{name}.patch"
     subprocess.run(["git", "apply", patch], cwd=tmp_path, check=True)
-    changes = dict(decoder="cross", max_steps=30, lr=0.01, eval_every=30)
-    argv = arguments(corpus, tmp_path / "out", **changes)
+    spec = importlib.util.spec_from_file_location("changed", tmp_path / "model.py")
+    changed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    EFFECTS[name](changed)
+    decoder = "near" if name == "neighbour_decoder" else "cross"
+    flags = dict(decoder=decoder, max_steps=30, lr=0.01, eval_every=30)
+    argv = arguments(corpus, tmp_path / "out", **flags)
     subprocess.run([sys.executable, "train.py", *argv], cwd=tmp_path, check=True)
     losses = [entry["loss"] for entry in log_of(tmp_path / "out") if "loss" in entry]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
