@@ -1,101 +1,120 @@
-"""Runs the study behind experiments/README.md: does 3ML keep its promise?
+"""The study in experiments/README.md: does 3ML keep its promise?
 
-    python experiments/evidence.py --jobs 2                   two cores, some hours
-    python experiments/evidence.py --only vanilla-15.0 self-50.0 --fine_tune
-    python experiments/evidence.py --speed                    tokens/s of the contenders, in turns
+    python experiments/evidence.py --jobs 2             runs what is not yet there, two at a time
+    python experiments/evidence.py --only self-50.1     one run: some 25 minutes on one core
+    python experiments/evidence.py --draw               only the figure and the table
 
-Every run of RUNS is a `train.py` command in a process of its own, then, with --fine_tune, a
-`finetune.py` command. What is finished is not run again, and an interrupted run resumes. Kept
-under experiments/evidence/cpu are NAME.jsonl (the run's log: every evaluation, and its training
-loss each 100 steps), NAME.glue.jsonl (the lines of finetune.py's results) and speed.json.
-figures.py turns these files, and nothing else, into the tables and figures of the study."""
+A run is train.py with its recipe tiny and the flags in RUNS, on one core; its log is kept as
+experiments/evidence/NAME.jsonl. An interrupted run resumes. The figure, and the table between its
+marks in experiments/README.md, are made from these logs and nothing else."""
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
+from statistics import mean
+
+import matplotlib.pyplot as plt
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT / "experiments/evidence/cpu"
-DATA, OUT, GLUE = "data/evidence", "out/evidence", ROOT / "data/glue"
-STEPS, LONGER = 4500, 1.16  # LONGER: steps of self-50 in the seconds of one of vanilla-15's
-COMMON = (
-    f"--data {DATA} --n_layer 6 --n_embd 256 --n_layer_dec 2 --norm pre --dropout 0 --seq_len 64 "
-    "--batch_size 32 --micro_batch_size 32 --lr 1e-3 --eval_every 500 --log_every 10"
-)
-VANILLA, SELF = "--decoder none --mask_rate", "--decoder self --mask_rate"
-RUNS = {  # name: flags besides the common ones. The number after the dot is the seed.
-    "lr-0.0005": f"{VANILLA} 0.15 --lr 0.0005",
-    "lr-0.001": f"{VANILLA} 0.15 --lr 0.001",
-    "lr-0.002": f"{VANILLA} 0.15 --lr 0.002",
-    "lr-0.004": f"{VANILLA} 0.15 --lr 0.004",
-    # the main question: at equal steps, at equal FLOPs, at equal seconds
-    "vanilla-15.0": f"{VANILLA} 0.15",
-    "self-50.0": f"{SELF} 0.5",
-    "vanilla-15.1": f"{VANILLA} 0.15",
-    "self-50.1": f"{SELF} 0.5",
-    "self-50-longer.0": f"{SELF} 0.5",
-    "self-50-longer.1": f"{SELF} 0.5",
-    "vanilla-50.0": f"{VANILLA} 0.5",
-    # what slows self-50: a narrow decoder, or late [MASK]s? In "early" one layer comes before them
-    "self-50-full.1": f"{SELF} 0.5 --n_embd_dec 256",
-    "self-50-early.1": f"{SELF} 0.5 --n_layer 1 --n_layer_dec 6 --n_embd_dec 256",
+sys.path.insert(0, str(ROOT))
+import flops  # noqa: E402
+import train  # noqa: E402
+from model import counts  # noqa: E402
+
+HERE = ROOT / "experiments"
+V15 = "--decoder none --mask_rate 0.15"
+RUNS = {  # name: flags. The number behind the last dot is the seed.
+    "vanilla-15.0": V15,
+    "vanilla-15.1": V15,
+    "vanilla-15.2": V15,
+    "self-50.0": "",
+    "self-50.1": "",
+    "self-50.2": "",
+    "vanilla-15, lr 1.4e-3.0": f"{V15} --lr 1.4e-3",
+    "self-50, lr 1.4e-3.0": "--lr 1.4e-3",
+    "vanilla-40.0": "--decoder none --mask_rate 0.4",
+    "vanilla-50.0": "--decoder none --mask_rate 0.5",
+    "self-40.0": "--mask_rate 0.4",
+    "cross-50.0": "--decoder cross",
+    "cross-50, 2 layers.0": "--decoder cross --n_layer_dec 2",
 }
+COLOURS = {"vanilla-15": "tab:blue", "vanilla-50": "tab:purple", "self-50": "tab:red",
+           "cross-50": "tab:green"}  # fmt: skip
 
 
-def command(script, flags, threads=1):
-    argv = [sys.executable, ROOT / script, *flags.split()]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    subprocess.run(argv, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+def run(name):
+    """One run, if its log is not there yet."""
+    kept, out = HERE / f"evidence/{name}.jsonl", ROOT / "out/evidence" / name
+    if not kept.exists():
+        flags = [*RUNS[name].split(), "--seed", name.rpartition(".")[2], "--log_every", "100"]
+        argv = [sys.executable, ROOT / "train.py", "--out", out, *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(argv, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+        kept.write_text((out / "log.jsonl").read_text())
+        print(name, "done", flush=True)
 
 
-def flags_of(name, steps=None):
-    """The flags of a run for train.py, but for --out; later ones win."""
-    seed = 0 if name.startswith("lr") else name.rpartition(".")[2]
-    share = 0.133 if name.startswith("lr") else LONGER if "longer" in name else 1
-    return f"{COMMON} --seed {seed} --max_steps {steps or round(STEPS * share)} {RUNS[name]}"
+def forward_flops(name):
+    """Of a row, through the model of a run."""
+    args = train.parse_flags(RUNS[name].split())
+    args.vocab_size = 2048
+    k, n_m, _ = counts(args.seq_len, args.mask_rate, args.strategy)
+    return flops.forward(train.make_model(args).config, args.seq_len, n_m, k)
 
 
-def pretrain(name):
-    kept = KEPT / f"{name}.jsonl"
-    if kept.exists():
-        return
-    command("train.py", f"{flags_of(name)} --out {OUT}/{name}")
-    lines = [json.loads(x) for x in (ROOT / OUT / name / "log.jsonl").read_text().splitlines()]
-    lines = [x for x in lines if "val_loss" in x or x["step"] == 1 or x["step"] % 100 == 0]
-    kept.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    print(name, lines[-1], flush=True)
+def evaluations():
+    """{name without seed: (FLOPs of a step over vanilla-15's, steps, masked perplexities at 15% and
+    at the run's own rate, both (seeds, evaluations))} of the runs that are there."""
+    runs, base = {}, forward_flops("vanilla-15.0")
+    for name in RUNS:
+        path = HERE / f"evidence/{name}.jsonl"
+        if path.exists():
+            entries = [json.loads(line) for line in path.read_text().splitlines()]
+            entries = [entry for entry in entries if "val_loss" in entry]
+            steps = [entry["step"] for entry in entries]
+            kind = runs.setdefault(
+                name.rpartition(".")[0], (forward_flops(name) / base, steps, [], [])
+            )
+            kind[2].append([entry["ppl_masked_15"] for entry in entries])
+            kind[3].append([entry["ppl_masked"] for entry in entries])
+    return runs
 
 
-def fine_tune(name):
-    """Three seeds of STS-B, from the encoder of a run."""
-    kept, out = KEPT / f"{name}.glue.jsonl", f"{OUT}/{name}"
-    if kept.exists():
-        return
-    flags = f"--task STS-B --glue {GLUE} --init {out}/hf --out {out}/glue --lr 1e-4 --seed 0 1 2"
-    command("finetune.py", flags)
-    kept.write_text((ROOT / out / "glue/STS-B/results.jsonl").read_text())
+def draw(runs):
+    """Masked perplexity at 15% against steps and FLOPs; bands from the least to the greatest."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for kind, colour in COLOURS.items():
+        cost, steps, at_15, _ = runs[kind]
+        for panel, scale in zip(panels, (1, cost / steps[-1])):
+            x, y = np.array(steps) * scale, np.array(at_15)
+            panel.plot(x, np.exp(np.log(y).mean(0)), ".-", color=colour, label=kind)
+            panel.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.25, linewidth=0)
+    for panel, label in zip(panels, ("steps", "FLOPs (1: vanilla-15's run)")):
+        panel.set(xlabel=label, yscale="log")
+        panel.set_yticks(ticks := [20, 30, 50, 100, 200, 300, 500], ticks)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("masked perplexity at 15%")
+    panels[0].legend()
+    figure.savefig(HERE / "evidence/study.svg")
 
 
-def measure_speed(rounds=4, steps=50):
-    """Tokens/s of vanilla-15 and self-50 in short runs that take turns: {name: [of each round]}."""
-    names, speeds = ("vanilla-15.0", "self-50.0"), {}
-    for i in range(rounds):
-        for name in names:
-            out = f"{OUT}/speed-{name}-{i}"
-            flags = f"{flags_of(name, steps)} --out {out} --eval_rows 1 --log_every {steps // 2}"
-            command("train.py", flags)
-            log = [json.loads(line) for line in (ROOT / out / "log.jsonl").read_text().splitlines()]
-            last = [x["tokens_per_s"] for x in log if "tokens_per_s" in x][-1]
-            speeds.setdefault(name, []).append(last)
-    (KEPT / "speed.json").write_text(json.dumps(speeds))
-    for name, x in speeds.items():
-        ratios = [b / a for a, b in zip(speeds["vanilla-15.0"], x)]
-        print(f"{name}: median {median(x):,.0f} tokens/s, {median(ratios):.3f} of vanilla-15's")
+def table(runs):
+    """Each kind of run: its FLOPs, and its masked perplexities at the end, of every seed."""
+    rows = [
+        "| run | FLOPs | masked perplexity at 15%, by seed | at its own rate |",
+        "|---|---|---|---|",
+    ]
+    for kind, (cost, _, at_15, own) in runs.items():
+        seeds = ", ".join(f"{y[-1]:.1f}" for y in at_15)
+        rows.append(f"| {kind} | {cost:.2f} | {seeds} | {mean(y[-1] for y in own):.1f} |")
+    return "\n".join(rows)
 
 
 def main():
@@ -103,18 +122,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
-    parser.add_argument("--fine_tune", action="store_true", help="also fine-tune the runs")
-    parser.add_argument("--speed", action="store_true", help="measure tokens/s, run nothing else")
+    parser.add_argument("--draw", action="store_true", help="run nothing")
     args = parser.parse_args()
-    if not (ROOT / DATA / "meta.json").exists():
-        command("data.py", f"--val_every 20 --out {DATA}", threads=2)
-    if args.speed:
-        measure_speed()
-        return
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(pretrain, args.only))
-        if args.fine_tune:
-            list(pool.map(fine_tune, args.only))
+    if not args.draw:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(run, args.only))
+    runs, path = evaluations(), HERE / "README.md"
+    draw(runs)
+    marks = r"(<!-- runs -->\n).*?(<!-- end -->)"
+    text = re.sub(marks, lambda m: f"{m[1]}{table(runs)}\n{m[2]}", path.read_text(), flags=re.S)
+    path.write_text(text)
 
 
 if __name__ == "__main__":

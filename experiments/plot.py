@@ -35,8 +35,10 @@ def read_run(folder):
     config = train.make_model(args).config
     work = 3 * args.batch_size * flops.forward(config, args.seq_len, n_m, k)
     entries, step, seconds, tokens = [], 0, 0.0, args.batch_size * args.seq_len
-    for line in (Path(folder) / "log.jsonl").read_text().splitlines():
-        entry = json.loads(line)
+    lines = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
+    # Steps that were done again after an interruption are in the log twice: the last ones count.
+    log = {(entry["step"], "val_loss" in entry): entry for entry in lines}
+    for _, entry in sorted(log.items()):
         if "tokens_per_s" in entry:
             seconds += (entry["step"] - step) * tokens / entry["tokens_per_s"]
             step = entry["step"]
