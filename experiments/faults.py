@@ -98,11 +98,16 @@ def equal(a, b):
 
 
 def log_of(out):
-    """The complete entries of a run's log.jsonl so far, without timings."""
-    path = out / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    entries = [json.loads(line) for line in lines if line.endswith("}")]
-    return [{k: v for k, v in x.items() if k not in ("tokens_per_s", "mfu")} for x in entries]
+    """The different entries of a run's log.jsonl so far, without timings. Steps that were done
+    again are in it twice, and a full disk leaves a part of a line."""
+    path, entries = out / "log.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            entry = json.loads(line)
+            for timing in ("tokens_per_s", "mfu"):
+                entry.pop(timing, None)
+            entries[json.dumps(entry)] = entry
+    return list(entries.values())
 
 
 def processes(folder):
