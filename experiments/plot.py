@@ -33,7 +33,8 @@ def read_run(folder):
     args = argparse.Namespace(**json.loads((Path(folder) / "config.json").read_text()))
     k, n_m, _ = counts(args.seq_len, args.mask_rate, args.strategy)
     config = train.make_model(args).config
-    work = 3 * args.batch_size * flops.forward(config, args.seq_len, n_m, k)
+    # no FLOPs where no formula is known for a decoder
+    work = 3 * args.batch_size * (flops.forward(config, args.seq_len, n_m, k) or np.nan)
     entries, step, seconds, tokens = [], 0, 0.0, args.batch_size * args.seq_len
     lines = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
     # Steps that were done again after an interruption are in the log twice: the last ones count.
