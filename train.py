@@ -7,12 +7,12 @@
     python train.py --out out/tiny --fill "Return the <mask> of a list."    the likeliest words
 
 The same command resumes a run, however it was interrupted: at most --save_every steps are done
-again, and on a CPU it ends bit for bit as if undisturbed. A run leaves in --out ckpt.pt (all that resuming
-needs), log.jsonl, config.json, tokenizer.json, and hf/ (the encoder, for finetune.py and
+again, and on a CPU it ends bit for bit as if undisturbed. A run leaves in --out ckpt.pt (all that
+resuming needs), log.jsonl, config.json, tokenizer.json, and hf/ (the encoder, for finetune.py and
 transformers; vanilla MLM's has its head). Rows and masks are a function of (seed, step, row),
-dropout of (seed, step, first row of the micro-batch), so where micro-batches start at the same rows
-the number of processes changes nothing but the order of sums. Without torchrun, `python train.py` does the same. This file does not shard
-a model."""
+dropout of (seed, step, first row of the micro-batch): where micro-batches start at the same rows,
+the number of processes changes nothing but the order of sums. Without torchrun, `python train.py`
+does the same. This file does not shard a model."""
 
 import argparse
 import ctypes

@@ -1,7 +1,7 @@
 """The study in experiments/README.md: does 3ML keep its promise?
 
     python experiments/evidence.py --jobs 2             runs what is not yet there, two at a time
-    python experiments/evidence.py --only self-50.1     one run, half an hour of one core, if its log is not there
+    python experiments/evidence.py --only self-50.1     one run, if its log is not yet there
     python experiments/evidence.py --draw               only the figure and the table
 
 A run is train.py with its recipe tiny and the flags in RUNS, on one core; its log is kept as
