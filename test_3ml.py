@@ -683,6 +683,10 @@ def test_a_finished_run_is_evaluated_and_not_changed(corpus, tmp_path, capsys):
     other = prepared(tmp_path, ["the cat sat " * 50] * 9, tokenizer=tokenizer).directory
     refused(capsys, "its run has data ", train.main, arguments(other, tmp_path))
     assert before == (tmp_path / "ckpt.pt").read_bytes()
+    encoder = (tmp_path / "hf/model.safetensors").read_bytes()
+    (tmp_path / "ckpt.pt").unlink()  # whoever needs space may delete it: the encoder must stay
+    refused(capsys, "no ckpt.pt", train.main, evaluate)
+    assert encoder == (tmp_path / "hf/model.safetensors").read_bytes()
 
 
 def test_validation_is_the_mean_of_its_tokens(corpus, tmp_path):

@@ -447,6 +447,8 @@ def run(args, machine):
     settings = {name: x for name, x in vars(args).items() if name not in MAY_DIFFER}
     settings |= vars(model.config) | dict(data=data.meta)
     first = resume(out, settings, model, optimizer, scaler)
+    if args.eval_only and first == 0:  # its hf/ may still be there, and must stay
+        raise UserError(f"--eval_only: there is no ckpt.pt in {out}")
     last = first if args.eval_only else max(first, args.max_steps)
     if machine.world > 1:
         everyones = [None] * machine.world

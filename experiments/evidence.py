@@ -90,6 +90,8 @@ def draw(runs):
     """Masked perplexity at 15% against steps and FLOPs; bands from the least to the greatest."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for kind, colour in COLOURS.items():
+        if kind not in runs:
+            continue
         cost, steps, at_15, _ = runs[kind]
         for panel, scale in zip(panels, (1, cost / steps[-1])):
             x, y = np.array(steps) * scale, np.array(at_15)
