@@ -20,7 +20,6 @@ import json
 import os
 import sys
 import sysconfig
-import zlib
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -49,9 +48,7 @@ class Data:
             self.vocab_size, self.mask_id = self.meta["vocab_size"], self.meta["mask_id"]
             for split, count in self.meta["tokens"].items():
                 path = self.directory / f"{split}.bin"
-                self.tokens[split] = np.memmap(path, self.meta["dtype"], "r")
-                if len(self.tokens[split]) != count:
-                    raise ValueError(f"{path} lacks some of its {count:,} tokens")
+                self.tokens[split] = np.memmap(path, self.meta["dtype"], "r", shape=(count,))
 
     def n_rows(self, split, n):
         if not 0 < n - 2 <= len(self.tokens[split]):
@@ -59,7 +56,7 @@ class Data:
         return len(self.tokens[split]) // (n - 2)
 
     def rows(self, split, indices, n):
-        """The rows of an array of indices, (B, n) int64."""
+        """The rows of a sequence of indices, (B, n) int64."""
         count, rows = self.n_rows(split, n), np.empty((len(indices), n), np.int64)
         rows[:, 0], rows[:, -1] = BOS, EOS
         rows[:, 1:-1] = self.tokens[split][: count * (n - 2)].reshape(count, n - 2)[indices]
@@ -69,10 +66,8 @@ class Data:
         """The rows of a training step, (B, n) int64, a function of (seed, step) alone: with g =
         step * B + i, row i is row g mod N of epoch g div N; every epoch is a permutation of all N
         rows."""
-        N, first = self.n_rows("train", n), step * batch_size
-        numbers = range(first, first + batch_size)
-        indices = [permutation(N, seed, g // N)[g % N] for g in numbers]
-        return self.rows("train", np.array(indices, np.int64), n)
+        N, numbers = self.n_rows("train", n), range(step * batch_size, (step + 1) * batch_size)
+        return self.rows("train", [permutation(N, seed, g // N)[g % N] for g in numbers], n)
 
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
@@ -90,6 +85,7 @@ def seed_of(*parts):
 
 LIMIT = 1 << 14  # characters; a longer line is tokenized in parts
 END = ""  # stands between documents
+VAL_EVERY = 100  # one of so many documents is for validation
 
 
 def read_texts(files, doc, title):
@@ -119,26 +115,22 @@ def read_texts(files, doc, title):
     bar.close()
 
 
-def write_tokens(texts, tokenizer, dtype, out, val_every):
-    """Write train.bin and val.bin; every val_every-th document, the first included, goes to
+def write_tokens(texts, tokenizer, dtype, out):
+    """Write train.bin and val.bin; every VAL_EVERY-th document, the first included, goes to
     val.bin. Returns what meta.json says of them."""
-    documents = unknown = crc = 0
+    documents = 0
     with atomic(out / "train.bin") as train, atomic(out / "val.bin") as val:
         while chunk := list(islice(texts, 256)):
             encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
             for text, encoding in zip(chunk, encodings):
-                file = train if documents % val_every else val
-                ids = [EOS] if text == END else encoding.ids
+                file = train if documents % VAL_EVERY else val
+                file.write(np.array([EOS] if text == END else encoding.ids, dtype))
                 documents += text == END
-                unknown += ids.count(UNK)
-                block = np.array(ids, dtype)
-                file.write(block)
-                crc = zlib.crc32(block, crc)
         tokens = {"train": train.tell() // dtype.itemsize, "val": val.tell() // dtype.itemsize}
-    return dict(documents=documents, tokens=tokens, unknown=unknown, crc32=crc)
+    return dict(documents=documents, tokens=tokens)
 
 
-def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val_every=100):
+def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384):
     """Tokenize text files into the folder `out`; the top of this file says what it then contains.
 
     files: paths; doc: what a document is, "blank" (lines up to a blank one), "line" or "file";
@@ -154,13 +146,11 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384, val_every
     write(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     dtype = np.dtype(np.uint16 if V <= 1 << 16 else np.uint32)
     texts = read_texts(files, doc, "tokenizing")
-    meta = write_tokens(texts, tokenizer, dtype, out, val_every)
+    meta = write_tokens(texts, tokenizer, dtype, out)
     train, val = meta["tokens"]["train"], meta["tokens"]["val"]
     size = f"{meta['documents']:,} documents: {train:,} tokens for training, {val:,} for validation"
-    if not train or not val or val > max(0.1, 2 / val_every) * (train + val):
-        raise UserError(f"{files[0]}: {size}; see --doc, what ends a document, and --val_every")
-    if meta["unknown"] > 0.02 * train:
-        print(f"warning: {meta['unknown']:,} tokens are <unk>; the tokenizer does not fit the text")
+    if not train or not val or val > 0.1 * train:
+        raise UserError(f"{files[0]}: {size}; more and shorter documents are needed, see --doc")
     meta |= dict(vocab_size=V, mask_id=tokenizer.token_to_id("<mask>"), dtype=dtype.name)
     write_json(out / "meta.json", meta)
     print(f"{out}: {V:,} words, {size}")
@@ -219,11 +209,9 @@ def load_tokenizer(path):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", EOS), ("<s>", BOS))
-    emoji, name = (tokenizer.encode(x, add_special_tokens=False).ids for x in ("\U0001f600", "<s>"))
-    if not emoji or BOS in name:
-        raise UserError(
-            f"{path}: drops what it does not know, or takes '<s>' in a text for a token"
-        )
+    text = "<s>\U0001f600"  # decoding drops special tokens, <unk> too
+    if text not in tokenizer.decode(tokenizer.encode(text).ids):
+        raise UserError(f"{path}: loses some characters, or takes '<s>' in a text for a token")
     return tokenizer, max(tokenizer.get_vocab().values()) + 1
 
 
@@ -248,19 +236,15 @@ def command(main):
     return run
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that shows defaults, guesses no abbreviations, and reports errors as UserError."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is, and every flag's default."""
 
-    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
 
-    def __init__(self, description):
-        super().__init__(
-            description=description, formatter_class=self.Formatter, allow_abbrev=False
-        )
-
-    def error(self, message):
-        raise UserError(message)
+def make_parser(description):
+    """An argparse without usage, so that its errors are one line too, and without abbreviations."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=HelpFormatter, usage=argparse.SUPPRESS,
+        allow_abbrev=False)  # fmt: skip
 
 
 def count(text):
@@ -279,13 +263,12 @@ def share(text):
 
 @command
 def main(argv):
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--input", nargs="+", default=[], help="UTF-8 files or globs; none: Python's docstrings")
     add("--doc", choices=("blank", "line", "file"), default="blank", help="what ends a document")
     add("--tokenizer", help="a tokenizer.json to use, such as RoBERTa's; None: train a BPE")
     add("--vocab_size", type=count, help="words of that BPE; None: 16384, for docstrings 2048")
-    add("--val_every", type=count, default=100, help="every N-th document is for validation")
     add("--out", help="folder to write; for the docstrings, None is data/python-docs")
     args = parser.parse_args(argv)
     if args.input and not args.out:
@@ -297,7 +280,7 @@ def main(argv):
         files = [out / "corpus.txt"]
         write_python_docs(files[0])
     vocab_size = args.vocab_size or (16384 if args.input else 2048)
-    prepare(files, out, args.doc, args.tokenizer, vocab_size, args.val_every)
+    prepare(files, out, args.doc, args.tokenizer, vocab_size)
 
 
 if __name__ == "__main__":

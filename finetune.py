@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import Parser, command, count, load_tokenizer
+from data import command, count, load_tokenizer, make_parser
 from model import PAD, Classifier, UserError
 from model import load_pretrained, reading, save_pretrained, write, write_json
-from train import DTYPES, Machine, lr_at, make_optimizer, update
+from train import Machine, lr_at, make_optimizer, update
 
 # Metrics of predictions p and labels y, arrays; an undefined metric is 0
 
@@ -151,11 +151,10 @@ def own_task(path, regression):
     return Task(texts, "label", tuple(labels), ("acc",))
 
 
-def encode(texts, tokenizer, max_len):
-    """Token ids of every example: <s> a </s>, or <s> a </s></s> b </s>, cut to max_len at the end
-    of the longer text. Each text is cut to max_len before that, since the library's cut of a pair
-    takes time and memory of the product of both lengths."""
-    tokenizer.enable_truncation(max_len)
+def encode(texts, tokenizer):
+    """Token ids of every example: <s> a </s>, or <s> a </s></s> b </s>, cut at the end of the
+    longer text to the tokenizer's truncation. Each text is cut to that before, since the library's
+    cut of a pair takes time and memory of the product of both lengths."""
     columns = [tokenizer.encode_batch_fast(x, add_special_tokens=False) for x in zip(*texts)]
     return [tokenizer.post_process(*example).ids for example in zip(*columns)]
 
@@ -170,14 +169,12 @@ def pad(examples, device):
     return tokens, tokens != PAD
 
 
-def batches_of(examples, batch_size, rng=None):
-    """Arrays of example numbers; those of a batch have similar lengths, so that there is little
-    padding. An rng shuffles the batches, and varies lengths by a tenth, so that others come
-    together."""
-    lengths = np.array([len(x) for x in examples])
-    order = np.argsort(lengths * rng.uniform(0.9, 1.1, len(lengths)) if rng else lengths)
-    batches = np.split(order, range(batch_size, len(order), batch_size))
-    return [batches[i] for i in rng.permutation(len(batches))] if rng else batches
+def batches_of(examples, batch_size, rng):
+    """Arrays of example numbers, in random order. Those of a batch have similar lengths, so that
+    there is little padding; varied by a tenth, so that others come together the next time."""
+    lengths = [len(x) * rng.uniform(0.9, 1.1) for x in examples]
+    batches = np.split(np.argsort(lengths), range(batch_size, len(lengths), batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 @torch.no_grad()
@@ -185,20 +182,21 @@ def predict(model, examples, machine, batch_size=64):
     """Logits (number of examples, C) as an array, in the order of the examples."""
     model.eval()
     logits = np.empty((len(examples), len(model.labels)))
-    for batch in batches_of(examples, batch_size):
+    for batch in batches_of(examples, batch_size, np.random.default_rng(0)):
         tokens, mask = pad([examples[i] for i in batch], machine.device)
         with machine.autocast():
             logits[batch] = model(tokens, mask).float().cpu().numpy()
     return logits
 
 
-def fine_tune(model, examples, labels, point, machine, title=""):
+def fine_tune(model, examples, labels, point, machine, title):
     """Train a Classifier on lists of ids and an array of labels. point: a dict of lr, batch_size,
     epochs and seed."""
     regression, rng = len(model.labels) == 1, np.random.default_rng(point["seed"])
     labels = torch.tensor(labels, dtype=torch.float32 if regression else torch.int64)
-    epochs = [batches_of(examples, point["batch_size"], rng) for _ in range(point["epochs"])]
-    batches = list(itertools.chain(*epochs))
+    batches = []
+    for _ in range(point["epochs"]):
+        batches += batches_of(examples, point["batch_size"], rng)
     optimizer = make_optimizer(model, weight_decay=0.1)
     scaler = machine.scaler()
     model.train()
@@ -257,8 +255,7 @@ def fingerprint(encoder, files):
 def read_results(path):
     """The entries of a results.jsonl."""
     with reading(path, "choose another --out"):
-        runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [run for run in runs if run["settings"]]  # which a foreign line does not have
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def run_task(name, task, args, tokenizer, machine):
@@ -274,12 +271,11 @@ def run_task(name, task, args, tokenizer, machine):
     texts = [*files, Path(args.init, "tokenizer.json")]
     settings = [fingerprint(encoder, texts), args.max_len, args.regression]
     runs, path = read_results(out / "results.jsonl"), out / "results.jsonl"
-    if any(settings != run["settings"] for run in runs):
+    if any(settings != run.get("settings") for run in runs):
         what = "another encoder, other texts, --max_len or --regression"
         raise UserError(f"{path}: its runs had {what}; choose another --out")
-    for file in files:
-        texts, labels = read_split(file, task)
-        splits.append((encode(texts, tokenizer, args.max_len), labels))
+    for texts, labels in [read_split(file, task) for file in files]:
+        splits.append((encode(texts, tokenizer), labels))
     for point in grid(name, args):
         if any(run["point"] == point for run in runs):
             continue
@@ -324,7 +320,7 @@ def write_predictions(name, task, args, tokenizer, machine):
             print(f"{path}: missing, not predicted")
             continue
         texts, _ = read_split(path, task, labelled=False)
-        logits = predict(model, encode(texts, tokenizer, args.max_len), machine)
+        logits = predict(model, encode(texts, tokenizer), machine)
         predictions = [task.classes[i] for i in logits.argmax(1)]
         if len(task.classes) == 1:
             scores = logits[:, 0].clip(0, 5) if name == "STS-B" else logits[:, 0]
@@ -338,7 +334,7 @@ def write_predictions(name, task, args, tokenizer, machine):
 
 @command
 def main(argv):
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--task", required=True, help="a folder in --glue; all: GLUE's tasks that are there")
     add("--glue", required=True, help="folder with GLUE's folders, or with your own")
@@ -352,25 +348,17 @@ def main(argv):
     add("--max_len", type=count, default=128, help="tokens of an example, if the encoder can")
     add("--predict", action="store_true", help="predict the test files, for the leaderboard")
     add("--regression", action="store_true", help="the labels of your own task are numbers")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="precision of products")
     args = parser.parse_args(argv)
     config, _ = load_pretrained(args.init)
     tokenizer, V = load_tokenizer(Path(args.init, "tokenizer.json"))
     if config.vocab_size < V:
-        raise UserError(
-            f"{args.init}: tokenizer.json has {V} words, the encoder {config.vocab_size}"
-        )
-    args.max_len = min(args.max_len, config.n_positions)
-    if args.max_len < 8:
-        raise UserError(f"--max_len {args.max_len}: must be at least 8")
-    machine, names = Machine(dtype=args.dtype), [args.task]
-    if machine.world > 1:
-        raise UserError("run finetune.py without torchrun; tasks may run side by side")
+        raise UserError(f"{args.init}: tokenizer has {V} words, encoder {config.vocab_size}")
+    tokenizer.enable_truncation(min(args.max_len, config.n_positions))
+    machine, names = Machine(), [args.task]
     if args.task == "all":
         names = [name for name in TASKS if Path(args.glue, name, "train.tsv").exists()]
     for name in names:
-        path = Path(args.glue, name, "train.tsv")
-        task = TASKS.get(name) or own_task(path, args.regression)
+        task = TASKS.get(name) or own_task(Path(args.glue, name, "train.tsv"), args.regression)
         run_task(name, task, args, tokenizer, machine)
         if args.predict:
             write_predictions(name, task, args, tokenizer, machine)

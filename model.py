@@ -22,7 +22,6 @@ Shapes: B rows of a batch | n tokens of a row | n_m of them [MASK] | n_en = n - 
 
 import json
 import os
-import pickle
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,7 @@ def counts(n, rate, strategy=(0.8, 0.1, 0.1)):
     These are the same for all rows (fairseq draws for each token). So batches have one shape: no
     padding, no attention mask, one compiled graph; and a batch's mean loss is exactly the mean over
     its micro-batches and processes. Raises UserError for impossible values."""
-    if len(strategy) != 3 or min(strategy) < 0 or abs(sum(strategy) - 1) > 1e-6:
+    if abs(sum(strategy) - 1) > 1e-6:
         raise UserError(f"strategy is {strategy}, must be three shares that sum to 1")
     k = round(rate * (n - 2))  # <s> and </s> are never predicted
     if not 1 <= k <= n - 2:
@@ -95,7 +94,7 @@ def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab_size, mask_id, gene
 
 @dataclass
 class ModelConfig:
-    """The shape of a model. Raises UserError if its fields do not fit together."""
+    """The shape of a model."""
 
     vocab_size: int = 50265  # V; RoBERTa's
     n_positions: int = 512  # the longest row that the model can take
@@ -111,83 +110,35 @@ class ModelConfig:
     def __post_init__(self):
         self.n_embd_dec = self.n_embd_dec or self.n_embd // 2
         self.norm = self.norm or ("pre" if self.decoder == "cross" else "post")
-        for width in [self.n_embd] if self.decoder == "none" else [self.n_embd, self.n_embd_dec]:
-            if width % self.head_size:
-                raise UserError(f"head_size is {self.head_size}, no divisor of the width {width}")
 
 
-class Attention(nn.Module):
-    """Multi-head attention of x to itself, or to a memory."""
-
-    def __init__(self, d, config):
-        super().__init__()
-        self.head_size, self.dropout = config.head_size, config.dropout
-        self.q, self.k, self.v, self.out = (nn.Linear(d, d) for _ in range(4))
-
-    def forward(self, x, memory=None, mask=None):
-        """x (B, T, d), memory (B, S, d), mask (B, 1, 1, S) bool, False at padding -> (B, T, d)."""
-        memory = x if memory is None else memory
-        qkv = self.q(x), self.k(memory), self.v(memory)  # (B, T or S, d)
-        q, k, v = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in qkv)
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out(x.transpose(1, 2).flatten(2))  # (B, h, T, hs) -> (B, T, d)
-
-
-class Block(nn.Module):
-    """A Transformer block: self-attention, attention to a memory if `cross`, MLP; each with its
-    residual."""
-
-    def __init__(self, d, config, cross=False):
-        super().__init__()
-        self.pre_norm = config.norm == "pre"
-        self.attn, self.ln1 = Attention(d, config), nn.LayerNorm(d)
-        if cross:
-            self.cross, self.ln_cross = Attention(d, config), nn.LayerNorm(d)
-        self.fc1, self.fc2, self.ln2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d), nn.LayerNorm(d)
-        self.drop = nn.Dropout(config.dropout)
-
-    def mlp(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-    def forward(self, x, memory=None, mask=None):
-        """x (B, T, d), memory (B, S, d) or None, mask of x's padding (B, 1, 1, T) or None -> (B,
-        T, d)."""
-        if self.pre_norm:
-            x = x + self.drop(self.attn(self.ln1(x), mask=mask))
-            if memory is not None:
-                x = x + self.drop(self.cross(self.ln_cross(x), memory))
-            return x + self.drop(self.mlp(self.ln2(x)))
-        x = self.ln1(x + self.drop(self.attn(x, mask=mask)))
-        if memory is not None:
-            x = self.ln_cross(x + self.drop(self.cross(x, memory)))
-        return self.ln2(x + self.drop(self.mlp(x)))
-
-
-class Transformer(nn.Module):
-    """A stack of blocks. Pre-LN blocks leave their output unnormalized, so a last LayerNorm
-    follows them."""
-
-    def __init__(self, n_layer, d, config, cross=False):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(d, config, cross) for _ in range(n_layer))
-        self.ln = nn.LayerNorm(d) if config.norm == "pre" else nn.Identity()
-
-    def forward(self, x, memory=None, mask=None):
-        for block in self.blocks:
-            x = block(x, memory, mask)
-        return self.ln(x)
+def transformer(n_layer, d, config, cross=False):
+    """torch's own Transformer, n_layer blocks of width d; with cross, these attend to a memory too.
+    Behind pre-LN blocks, which leave their sum unnormalized, follows a last LayerNorm. Raises
+    UserError."""
+    if d % config.head_size:
+        raise UserError(f"head_size is {config.head_size}, no divisor of the width {d}")
+    pre, heads = config.norm == "pre", d // config.head_size
+    layer = nn.TransformerDecoderLayer if cross else nn.TransformerEncoderLayer
+    block = layer(d, heads, 4 * d, config.dropout, "gelu", batch_first=True, norm_first=pre)
+    block.dropout = nn.Identity()  # RoBERTa has no dropout within the MLP
+    norm = nn.LayerNorm(d) if pre else None
+    if cross:
+        return nn.TransformerDecoder(block, n_layer, norm)
+    return nn.TransformerEncoder(block, n_layer, norm, enable_nested_tensor=False)
 
 
 def init_weights(module):
-    """N(0, 0.02) for embeddings, as in BERT; N(0, 0.02 sqrt(768 / d)) for a linear layer of d
-    inputs. That is BERT's 0.02 at BERT-base's width, and 0.05 at 128: with 0.02, so narrow a
-    decoder hardly learns (experiments/init)."""
+    """N(0, 0.02) for embeddings, as in BERT; N(0, 0.02 sqrt(768 / d)) for the matrices of d inputs.
+    That is BERT's 0.02 at BERT-base's width, and 0.05 at 128: with 0.02, so narrow a decoder hardly
+    learns (experiments/init)."""
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02 * (768 / module.in_features) ** 0.5)
         nn.init.zeros_(module.bias)
+    if isinstance(module, nn.MultiheadAttention):  # its matrices of q, k and v are one parameter
+        nn.init.normal_(module.in_proj_weight, std=0.02 * (768 / module.embed_dim) ** 0.5)
 
 
 class Encoder(nn.Module):
@@ -200,7 +151,7 @@ class Encoder(nn.Module):
         self.pos = nn.Embedding(config.n_positions, d)
         self.ln = nn.LayerNorm(d)
         self.drop = nn.Dropout(config.dropout)
-        self.transformer = Transformer(config.n_layer, d, config)
+        self.transformer = transformer(config.n_layer, d, config)
         self.apply(init_weights)
 
     def forward(self, tokens, positions=None, attention_mask=None):
@@ -208,10 +159,9 @@ class Encoder(nn.Module):
         padding, None: no padding -> latents (B, T, d_en)."""
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, None, None, :]  # the same for all heads and queries
         x = self.drop(self.ln(self.tok(tokens) + self.pos(positions)))  # (B, T, d_en)
-        return self.transformer(x, mask=attention_mask)
+        padding = None if attention_mask is None else ~attention_mask
+        return self.transformer(x, src_key_padding_mask=padding)
 
 
 # Decoders: from the encoder's latents to the states to predict from, (B, k, d_en), in the order of
@@ -219,15 +169,11 @@ class Encoder(nn.Module):
 # like these and an entry of DECODERS: a value of --decoder, which gets the kept tokens' latents.
 
 
-def take(x, index):
-    """x (B, T, d) at index (B, k) -> (B, k, d)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.size(-1)))
-
-
 def take_visible(x, batch):
     """x, in batch.kept's order -> the states of replaced and unchanged tokens (B, k - n_m, d)."""
     positions = batch.predict[:, batch.masked.size(1) :].contiguous()
-    return take(x, torch.searchsorted(batch.kept, positions))  # kept is ascending
+    index = torch.searchsorted(batch.kept, positions)  # kept is ascending
+    return x.take_along_dim(index.unsqueeze(-1), dim=1)
 
 
 class NoDecoder(nn.Module):
@@ -238,7 +184,7 @@ class NoDecoder(nn.Module):
         self.fc1 = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, latents, batch):  # (B, n, d_en) -> (B, k, d_en)
-        return self.fc1(take(latents, batch.predict))
+        return self.fc1(latents.take_along_dim(batch.predict.unsqueeze(-1), dim=1))
 
 
 class Decoder(nn.Module):
@@ -253,7 +199,7 @@ class Decoder(nn.Module):
         self.mask = nn.Parameter(0.02 * torch.randn(d_de))
         self.pos = nn.Embedding(config.n_positions, d_de)
         self.drop = nn.Dropout(config.dropout)
-        self.transformer = Transformer(config.n_layer_dec, d_de, config, cross)
+        self.transformer = transformer(config.n_layer_dec, d_de, config, cross)
         self.fc1 = nn.Linear(d_de, d_en)
 
 
@@ -282,7 +228,7 @@ class CrossDecoder(Decoder):
 
     def forward(self, latents, batch):  # (B, n_en, d_en) -> (B, k, d_en)
         masks = self.drop(self.mask + self.pos(batch.masked))  # (B, n_m, d_de)
-        masks = self.transformer(masks, memory=self.bridge(latents))
+        masks = self.transformer(masks, self.bridge(latents))
         return torch.cat([self.fc1(masks), self.fc1_visible(take_visible(latents, batch))], dim=1)
 
 
@@ -345,28 +291,30 @@ class Classifier(nn.Module):
 
 HF_MODELS = {"post": "roberta", "pre": "roberta_prelayernorm"}
 HF_NAMES = {  # parts of our parameters' names, and of transformers'; replaced in this order
-    "transformer.blocks.": "encoder.layer.", "transformer.ln.": "LayerNorm.",
-    "head_ln.": "lm_head.layer_norm.", "head_bias": "lm_head.bias",
+    "transformer.layers.": "encoder.layer.", "transformer.norm.": "LayerNorm.",
+    "self_attn.out_proj.": "attention.output.dense.", "linear1.": "intermediate.dense.",
+    "linear2.": "output.dense.", "head_ln.": "lm_head.layer_norm.", "head_bias": "lm_head.bias",
     "decoder.fc1.": "lm_head.dense.", "head_dense.": "classifier.dense.",
     "head_out.": "classifier.out_proj.", "ln.": "embeddings.LayerNorm.",
     "tok.": "embeddings.word_embeddings.", "pos.": "embeddings.position_embeddings.",
-    "attn.q.": "attention.self.query.", "attn.k.": "attention.self.key.",
-    "attn.v.": "attention.self.value.", "attn.out.": "attention.output.dense.",
-    "fc1.": "intermediate.dense.", "fc2.": "output.dense.",
 }  # fmt: skip
 HF_NORMS = {
-    "post": {"ln1.": "attention.output.LayerNorm.", "ln2.": "output.LayerNorm."},
-    "pre": {"ln1.": "attention.LayerNorm.", "ln2.": "intermediate.LayerNorm."},
+    "post": {"norm1.": "attention.output.LayerNorm.", "norm2.": "output.LayerNorm."},
+    "pre": {"norm1.": "attention.LayerNorm.", "norm2.": "intermediate.LayerNorm."},
 }
 HF_TOKEN_TYPE = "embeddings.token_type_embeddings.weight"  # of the one type that there is
 
 
-def hf_name(name, norm):
-    """What transformers calls a parameter of ours."""
-    name = name.replace("encoder.", HF_MODELS[norm] + ".")
+def hf_names(name, norm, prefix):
+    """What transformers calls a parameter of ours: one name, or three for q, k and v in one. The
+    names of the encoder's begin with the prefix."""
+    name = name.replace("encoder.", prefix)
     for ours, theirs in (HF_NAMES | HF_NORMS[norm]).items():
         name = name.replace(ours, theirs)
-    return name
+    if "in_proj_" not in name:
+        return [name]
+    parts = ("query", "key", "value")
+    return [name.replace("self_attn.in_proj_", f"attention.self.{x}.") for x in parts]
 
 
 def hf_config(config):
@@ -392,8 +340,11 @@ def save_pretrained(model, directory, tokenizer_file=None):
     if isinstance(model, MaskedLM) and config.decoder != "none":
         state = model.encoder.state_dict(prefix="encoder.")
     state["encoder.pos.weight"] = F.pad(state["encoder.pos.weight"], (0, 0, 2, 0))
-    weights = {hf_name(name, config.norm): p.float().cpu() for name, p in state.items()}
-    weights[f"{HF_MODELS[config.norm]}.{HF_TOKEN_TYPE}"] = torch.zeros(1, config.n_embd)
+    prefix = HF_MODELS[config.norm] + "."
+    weights = {prefix + HF_TOKEN_TYPE: torch.zeros(1, config.n_embd)}
+    for name, p in state.items():
+        names = hf_names(name, config.norm, prefix)
+        weights |= zip(names, (part.float().cpu().clone() for part in p.chunk(len(names))))
     if isinstance(model, Classifier):
         settings["id2label"] = dict(enumerate(model.labels))
         settings["label2id"] = {label: i for i, label in enumerate(model.labels)}
@@ -432,7 +383,8 @@ def load_pretrained(directory, n_classes=None):
     with reading(directory, "model.safetensors must fit config.json"):
         for name in model.state_dict():
             if n_classes or name.startswith("encoder."):
-                state[name] = weights[hf_name(name, config.norm).removeprefix(prefix)].float()
+                names = hf_names(name, config.norm, prefix="")
+                state[name] = torch.cat([weights[x].float() for x in names])
         # All tokens are of one type, so the embedding of that type belongs to every position.
         token_type = weights.get(HF_TOKEN_TYPE, torch.zeros(1, 1))
         state["encoder.pos.weight"] = state["encoder.pos.weight"][2:] + token_type
@@ -461,10 +413,11 @@ def read_weights(directory):
 @contextmanager
 def reading(path, advice="is it the right file?"):
     """Turns what a broken or foreign file raises into a UserError; lack of memory is none."""
-    errors = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError)
     try:
         yield
-    except (*errors, pickle.UnpicklingError, safetensors.SafetensorError) as e:
+    except MemoryError:
+        raise
+    except Exception as e:  # of many types: of zipfile, pickle, json, safetensors, torch
         raise UserError(f"{path}: cannot be read ({e}); {advice}") from e
 
 

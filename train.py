@@ -15,16 +15,13 @@ the number of processes changes nothing but the order of sums. Without torchrun,
 does the same. This file does not shard a model."""
 
 import argparse
-import ctypes
 import json
 import math
 import os
-import platform
 import time
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import flops
-from data import Data, Parser, command, count, load_tokenizer, seed_of, share
+from data import Data, command, count, load_tokenizer, make_parser, seed_of, share
 from data import main as prepare_default_data
 from model import DECODERS, Corrupted, MaskedLM, ModelConfig, UserError, atomic, corrupt, counts
 from model import load_pretrained, reading, save_pretrained, write, write_json
@@ -41,27 +38,25 @@ from model import load_pretrained, reading, save_pretrained, write, write_json
 RECIPES = {
     "tiny": dict(
         n_layer=3, n_embd=256, n_layer_dec=1, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=32,
-        batch_size=32, micro_batch_size=32, max_steps=4500, lr=7e-4, eval_every=500,
-        save_every=500),
+        batch_size=32, max_steps=4500, lr=7e-4),
     "efficient-large": dict(
         n_layer=24, n_embd=1024, norm="pre", mask_rate=0.5, seq_len=128, batch_size=4096,
         micro_batch_size=256, max_steps=23_000, lr=2e-3),
     "longer-base": dict(
-        n_layer=12, n_embd=768, mask_rate=0.4, seq_len=512, batch_size=2048, micro_batch_size=64,
+        n_layer=12, n_embd=768, mask_rate=0.4, seq_len=512, batch_size=2048,
         max_steps=125_000, lr=7e-4),
 }  # fmt: skip
 # Flags that may differ when a run is resumed. All others, and the data, must be the same.
 MAY_DIFFER = (
     "recipe", "data", "out", "max_steps", "grad_clip", "micro_batch_size", "log_every",
-    "eval_every", "eval_rows", "save_every", "device", "dtype", "compile", "eval_only", "fill",
+    "eval_every", "save_every", "device", "dtype", "compile", "eval_only", "fill",
 )  # fmt: skip
-COMMON_RATE = 0.15  # all runs are evaluated here too: losses at different rates do not compare
 
 
 def parse_flags(argv):
     """The flags as a namespace. Defaults are the recipe's; the encoder's shape is that of --init;
     for --eval_only and --fill, all are those of the run in --out."""
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("run").add_argument
     add("--recipe", choices=RECIPES, default="tiny", help="defaults: tiny, or one of Table 4's")
     add("--data", default="data/python-docs", help="folder that data.py has prepared")
@@ -88,7 +83,7 @@ def parse_flags(argv):
         help="shares of [MASK], random and unchanged tokens among these")  # fmt: skip
     add("--seq_len", type=count, help="tokens of a row, <s> and </s> included")
     add("--batch_size", type=count, help="rows of a step, over all processes and micro-batches")
-    add("--micro_batch_size", type=count, help="rows that go through a process at once")
+    add("--micro_batch_size", type=count, default=64, help="rows that go through a process at once")
     add("--max_steps", type=count, help="steps of the run, and of its learning-rate schedule")
     add("--lr", type=float, help="peak learning rate")
     add("--warmup", type=share, default=0.06, help="share of the steps with a rising rate")
@@ -97,9 +92,8 @@ def parse_flags(argv):
 
     add = parser.add_argument_group("watching and saving").add_argument
     add("--log_every", type=count, default=50, help="steps between lines of the log")
-    add("--eval_every", type=count, default=1000, help="steps between evaluations")
-    add("--eval_rows", type=count, default=1024, help="validation rows to evaluate on")
-    add("--save_every", type=count, default=1000, help="steps between checkpoints")
+    add("--eval_every", type=count, default=500, help="steps between evaluations")
+    add("--save_every", type=count, default=500, help="steps between checkpoints")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to run")
@@ -114,7 +108,9 @@ def parse_flags(argv):
         for name in ("n_positions", "n_layer", "n_embd", "head_size", "norm"):
             defaults[name] = getattr(shape, name)
     if given.eval_only or given.fill is not None:
-        defaults |= read_config(given.out or defaults["out"])
+        path = Path(given.out or defaults["out"], "config.json")
+        with reading(path, "--out must name the folder of a run"):
+            defaults |= json.loads(path.read_text(encoding="utf-8"))
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.n_positions = args.n_positions or args.seq_len
@@ -135,14 +131,10 @@ def lr_at(step, lr, warmup, max_steps):
 
 def make_optimizer(model, weight_decay):
     """AdamW, with weight decay on matrices only, as in 24hBERT (fairseq decays everything)."""
-    matrices, vectors = [], []
-    for p in model.parameters():
-        (matrices if p.dim() >= 2 else vectors).append(p)
-    groups = [
-        dict(params=matrices, weight_decay=weight_decay),
-        dict(params=vectors, weight_decay=0.0),
-    ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, weight_decay=0, fused=True)
 
 
 def corrupted(rows, rate, args, data, seed):
@@ -255,13 +247,13 @@ def write_log(entry, args, machine):
 @torch.no_grad()
 def evaluate(model, data, args, machine):
     """Validation losses in nats, and perplexities of all tokens and of each kind, as an entry of
-    the log: at the run's own masking rate, and at 15% ("_15"). All processes share the work. The
-    rows are the first ones, and the masks come from a fixed seed on the CPU: they are the same for
-    all runs on all devices."""
+    the log: at the run's own masking rate, and at 15% ("_15"), since losses at different rates do
+    not compare. All processes share the work. The rows are the first ones, and the masks come from
+    a fixed seed on the CPU: they are the same for all runs on all devices."""
     model.eval()
-    rows = np.arange(min(args.eval_rows, data.n_rows("val", args.seq_len)))
+    rows = range(min(1024, data.n_rows("val", args.seq_len)))
     rows, entry, size = data.rows("val", rows, args.seq_len), {}, args.micro_batch_size
-    for suffix, rate in {"": args.mask_rate, "_15": COMMON_RATE}.items():
+    for suffix, rate in {"": args.mask_rate, "_15": 0.15}.items():
         batch = corrupted(rows, rate, args, data, seed=0)
         nats = torch.zeros(batch.predict.size(1), dtype=torch.float64)  # (k,)
         for at in range(machine.rank * size, len(rows), machine.world * size):
@@ -333,21 +325,13 @@ def resume(out, settings, model, optimizer, scaler):
     return state["step"]
 
 
-def read_config(out):
-    """The flags in config.json of a run, but for where it ran and what was done."""
-    path = Path(out) / "config.json"
-    with reading(path, "--out must name the folder of a run"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("out", "device", "dtype", "compile", "eval_only", "fill"):
-            del config[name]
-    return config
-
-
 # The machine
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# FLOP/s of dense bf16 or fp16 products, by what a GPU's name contains
-PEAKS = {"H100 80GB": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12}
+PEAKS = {  # FLOP/s of dense bf16 products, by the name that torch has for a GPU
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA L40S": 362e12,
+}  # fmt: skip
 
 
 class Machine:
@@ -363,15 +347,12 @@ class Machine:
         if device not in ("auto", self.device.type):
             raise UserError(f"--device {device}: torch sees none here; use --device cpu")
         if self.device.type == "cuda":
-            local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            if local_rank >= gpus:
-                raise UserError(f"--nproc_per_node: more processes than the {gpus} GPUs here")
-            torch.cuda.set_device(local_rank)
-            name = torch.cuda.get_device_name()
-            self.peak = next((peak for gpu, peak in PEAKS.items() if gpu in name), None)
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            self.peak = PEAKS.get(torch.cuda.get_device_name())
             best = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
         elif self.device.type == "cpu":
-            tune_cpu()
+            # For short rows SDPA's plain products are faster; CPUs heed this flag too.
+            torch.backends.cuda.enable_flash_sdp(False)
             best = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else best
         torch.set_float32_matmul_precision("high")
         self.dtype = DTYPES.get(dtype, best)
@@ -396,17 +377,6 @@ class Machine:
             tqdm.write(text)
 
 
-def tune_cpu():
-    """Two settings that make a step 1.2 to 1.5 times as fast (experiments/speed)."""
-    # For short rows SDPA's plain products are faster than its flash kernel. CPUs heed the flag too.
-    torch.backends.cuda.enable_flash_sdp(False)
-    # glibc maps and unmaps every large tensor, unless told never to map and never to trim.
-    if platform.libc_ver()[0] == "glibc":
-        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
-
-
 # The command
 
 
@@ -423,8 +393,8 @@ def make_model(args):
 
 def open_data(args, machine):
     """The folder --data. Prepares the default one if there is none yet."""
-    default = args.data == "data/python-docs" and not Path(args.data, "meta.json").exists()
-    if default and machine.rank == 0:
+    missing = not Path(args.data, "meta.json").exists()
+    if missing and args.data == "data/python-docs" and machine.rank == 0:
         prepare_default_data([])
     if machine.world > 1:
         dist.barrier()  # the others wait for the first process
@@ -445,7 +415,7 @@ def run(args, machine):
     optimizer = make_optimizer(model, args.weight_decay)
     scaler = machine.scaler()
     settings = {name: x for name, x in vars(args).items() if name not in MAY_DIFFER}
-    settings |= vars(model.config) | dict(data=data.meta)
+    settings["data"] = data.meta
     first = resume(out, settings, model, optimizer, scaler)
     if args.eval_only and first == 0:  # its hf/ may still be there, and must stay
         raise UserError(f"--eval_only: there is no ckpt.pt in {out}")
