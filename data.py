@@ -149,7 +149,7 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384):
     meta = write_tokens(texts, tokenizer, dtype, out)
     train, val = meta["tokens"]["train"], meta["tokens"]["val"]
     size = f"{meta['documents']:,} documents: {train:,} tokens for training, {val:,} for validation"
-    if not train or not val or val > 0.1 * train:
+    if not train or not val or val > 10 / VAL_EVERY * train:
         raise UserError(f"{files[0]}: {size}; more and shorter documents are needed, see --doc")
     meta |= dict(vocab_size=V, mask_id=tokenizer.token_to_id("<mask>"), dtype=dtype.name)
     write_json(out / "meta.json", meta)

@@ -255,7 +255,8 @@ def fingerprint(encoder, files):
 def read_results(path):
     """The entries of a results.jsonl."""
     with reading(path, "choose another --out"):
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [dict(json.loads(line)) for line in lines]
 
 
 def run_task(name, task, args, tokenizer, machine):

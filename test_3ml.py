@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zlib
 from argparse import Namespace
 from dataclasses import asdict, replace
 from importlib.metadata import metadata
@@ -38,6 +37,7 @@ from model import Corrupted, UserError, corrupt
 
 HERE = Path(__file__).parent
 V, MASK = 99, 98
+data.VAL_EVERY = 3  # since the texts here are short
 SHAPE = dict(vocab_size=V, n_positions=20, n_layer=2, n_embd=32, head_size=16, n_embd_dec=16)
 BOTH_NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
 ALL_MODELS = pytest.mark.parametrize("decoder", ["self", "cross", "none"])
@@ -102,7 +102,7 @@ def refused(capsys, words, main, argv):
     with pytest.raises(SystemExit) as e:
         main(argv)
     errors = capsys.readouterr().err.strip().split("\n")
-    assert e.value.code == 2 and errors[-1].startswith("error: ") and words in errors[-1], errors
+    assert e.value.code == 2 and "error: " in errors[-1] and words in errors[-1], errors
     assert len(errors) == 1 or not any("Traceback" in line for line in errors)
 
 
@@ -193,8 +193,9 @@ def test_transformers_computes_the_same_states_losses_and_gradients(norm, decode
         out.loss.backward()
         net(batch).mean().backward()
         grads = {name: p.grad for name, p in theirs.named_parameters()}
+        prefix = theirs.base_model_prefix + "."
         for name, p in net.named_parameters():
-            grad = torch.cat([grads[x] for x in m.hf_names(name, norm)])
+            grad = torch.cat([grads[x] for x in m.hf_names(name, norm, prefix)])
             close(p.grad, grad[2:] if name == "encoder.pos.weight" else grad)
 
     shaken(theirs).save_pretrained(tmp_path / "theirs")
@@ -220,9 +221,9 @@ def test_dropout_is_everywhere_in_training_and_nowhere_else(kind, states, maps, 
     attention maps: one a sublayer."""
     used, real = [], F.scaled_dot_product_attention
 
-    def attention(*args, dropout_p, **kwargs):
+    def attention(q, k, v, mask, dropout_p, *rest):
         used.append(dropout_p)
-        return real(*args, dropout_p=dropout_p, **kwargs)
+        return real(q, k, v, mask, dropout_p, *rest)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     net, batch = (
@@ -338,8 +339,7 @@ TEXTS = [
 def prepared(folder, texts=TEXTS * 3, doc="blank", **options):
     source = Path(folder) / "text.txt"
     source.write_text("\n\n".join(texts) + "\n\n\n", encoding="utf-8")
-    options = {"vocab_size": 300, "val_every": 3, **options}
-    data.prepare([source], Path(folder) / doc, doc, **options)
+    data.prepare([source], Path(folder) / doc, doc, **{"vocab_size": 300, **options})
     return data.Data(Path(folder) / doc)
 
 
@@ -357,7 +357,7 @@ def documents(d, split):
 def test_prepared_tokens_are_the_documents(doc, limit, tmp_path, monkeypatch, capsys):
     """In the order of the files, which have Windows line ends, and one a byte order mark. Every
     third document is for validation, the first one included. Lines may be longer than what is read
-    at once. meta.json has the CRC-32 of all tokens."""
+    at once."""
     monkeypatch.setattr(data, "LIMIT", limit)
     for i, text in enumerate(TEXTS):
         ends = "\r\r\n" if limit > 7 else "\n"
@@ -366,7 +366,7 @@ def test_prepared_tokens_are_the_documents(doc, limit, tmp_path, monkeypatch, ca
     inputs = (
         f"--input {tmp_path}/[0].txt {tmp_path}/*[1-9]?.txt"  # a name with brackets, and a glob
     )
-    argv = f"{inputs} --doc {doc} --out {tmp_path}/out --vocab_size 300 --val_every 3".split()
+    argv = f"{inputs} --doc {doc} --out {tmp_path}/out --vocab_size 300".split()
     data.main(argv)
     d = data.Data(tmp_path / "out")
     expected = "\n".join(TEXTS).split("\n") if doc == "line" else TEXTS
@@ -376,8 +376,6 @@ def test_prepared_tokens_are_the_documents(doc, limit, tmp_path, monkeypatch, ca
         tokenizer, _ = data.load_tokenizer(tmp_path / "out/tokenizer.json")
         whole = [[*tokenizer.encode(x, add_special_tokens=False).ids, m.EOS] for x in expected[::3]]
         assert d.tokens["val"].tolist() == sum(whole, [])
-        ids = [[*tokenizer.encode(x, add_special_tokens=False).ids, m.EOS] for x in expected]
-        assert d.meta["crc32"] == zlib.crc32(np.array(sum(ids, []), np.uint16))
     before = (tmp_path / "out/train.bin").read_bytes()
     refused(capsys, "already prepared", data.main, argv)
     assert before == (tmp_path / "out/train.bin").read_bytes()
@@ -441,7 +439,8 @@ def test_autotokenizer_gives_our_ids_and_truncates_pairs_alike(encoder_folder):
     ):
         for n in (8, 18, 30, 500):  # cut at the end of the longer text
             expected = theirs(*pair, truncation="longest_first", max_length=n)["input_ids"]
-            assert ft.encode([pair], ours, n) == [expected]
+            ours.enable_truncation(n)
+            assert ft.encode([pair], ours) == [expected]
 
 
 def test_a_tokenizer_that_loses_text_or_reads_special_tokens_in_it_is_refused(tmp_path):
@@ -502,7 +501,7 @@ def test_table_3(capsys):
     """Speed-ups: ours, worked out by hand from Appendix D, and the paper's; Figure 5."""
     flops.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    ours, paper = zip(*(line[1:] for line in lines if line and line[0].startswith(("3ML", "24h"))))
+    ours, paper = zip(*(line[4:] for line in lines if line and line[0] in ("large", "base")))
     assert ours == ("0.96", "1.34", "1.46", "1.36", "1.22", "1.00", "1.28", "1.00", "1.00")
     assert paper == ("1.00", "1.34", "1.47", "1.37", "1.22", "1.00", "1.28", "1.00", "1.00")
     assert ["50%", "1.46", "1.48"] in lines
@@ -518,13 +517,13 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def corpus(tmp_path_factory):
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 60)) for _ in range(40)]
-    return prepared(tmp_path_factory.mktemp("corpus"), texts, val_every=5).directory
+    return prepared(tmp_path_factory.mktemp("corpus"), texts).directory
 
 
 def arguments(corpus, out, **changes):
     flags = dict(
         data=corpus, out=out, n_layer=1, n_embd=32, head_size=16, seq_len=16, batch_size=8,
-        max_steps=4, micro_batch_size=8, eval_every=2, save_every=1, log_every=1, eval_rows=16,
+        max_steps=4, micro_batch_size=8, eval_every=2, save_every=1, log_every=1,
         device="cpu", dtype="fp32")  # fmt: skip
     given = {k: v if isinstance(v, tuple) else [v] for k, v in (flags | changes).items()}
     return [x for k, v in given.items() for x in (f"--{k}", *map(str, v))]
@@ -638,7 +637,7 @@ def test_processes_that_disagree_stop(corpus, tmp_path):
             assert run.returncode == 2 and "--data and --out differ between processes" in errors
         (tmp_path / "0/out/ckpt.pt").unlink(missing_ok=True)
         path = tmp_path / "1/data/meta.json"
-        path.write_text(re.sub(r'("crc32": )\d+', r"\g<1>1", path.read_text()))
+        path.write_text(re.sub(r'("documents": )\d+', r"\g<1>1", path.read_text()))
         assert step == "other data" or path.read_text() != (corpus / "meta.json").read_text()
 
 
@@ -655,7 +654,7 @@ def test_a_finished_run_is_evaluated_and_not_changed(corpus, tmp_path, capsys):
         train.main(again)
         assert (tmp_path / "hf/model.safetensors").exists()
     assert log_of(tmp_path) == entries + 3 * entries[-1:]
-    train.main([*argv, "--eval_rows", "8"])  # may differ; these may not:
+    train.main([*argv, "--micro_batch_size", "4"])  # may differ; these may not:
     for field, value in dict(lr=0.5, decoder="cross", batch_size=4, strategy=(1, 0, 0)).items():
         changed = arguments(corpus, tmp_path, **{field: value})
         refused(capsys, f"its run has {field} ", train.main, changed)
@@ -672,11 +671,13 @@ def test_a_finished_run_is_evaluated_and_not_changed(corpus, tmp_path, capsys):
 def test_validation_is_the_mean_of_its_tokens(corpus, tmp_path):
     """The log's perplexities, from one undivided pass."""
     strategy = (0.5, 0.3, 0.2)
-    changes = dict(micro_batch_size=2, eval_rows=5, strategy=strategy, mask_rate=0.5, dropout=0.1)
+    changes = dict(micro_batch_size=7, strategy=strategy, mask_rate=0.5, dropout=0.1)
     train.main(arguments(corpus, tmp_path, **changes))
     d, net, entry = data.Data(corpus), trained(tmp_path), log_of(tmp_path)[-1]
     for tag, rate in (("_15", 0.15), ("", 0.5)):
-        rows, masks = d.rows("val", np.arange(5), 16), torch.Generator().manual_seed(0)
+        rows, masks = range(d.n_rows("val", 16)), torch.Generator().manual_seed(0)
+        rows = d.rows("val", rows, 16)
+        assert len(rows) % 7  # the last micro-batch is smaller
         ids = dict(vocab_size=d.vocab_size, mask_id=d.mask_id, generator=masks)
         batch = corrupt(rows, rate, strategy, **ids)
         losses, n_m, n_r = net(batch), batch.masked.size(1), batch.n_replaced
@@ -797,12 +798,12 @@ def test_machines(monkeypatch, corpus, tmp_path):
     with one.autocast():
         assert net.encoder.transformer.layers[0].linear1(torch.ones(32)).dtype is torch.bfloat16
     assert one.device.type == "cpu" and one.peak is None
-    tuned, args = [], parsed(corpus, tmp_path)
-    monkeypatch.setattr(train, "tune_cpu", lambda: tuned.append(1))
+    used, args = [], parsed(corpus, tmp_path)
+    torch.backends.cuda.enable_flash_sdp(True)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda i: None)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     gpus = {
         "NVIDIA H100 80GB HBM3": (9, torch.bfloat16, 989e12),
         "Tesla T4": (7, torch.float16, None),
@@ -816,10 +817,9 @@ def test_machines(monkeypatch, corpus, tmp_path):
         assert speed["tokens_per_s"] == 8 * 16 / 2
         work = 3 * 8 * flops.forward(net.config, 16, 6, 7)
         assert speed["mfu"] == (peak and pytest.approx(work / 2 / peak))
-    assert not tuned and train.Machine("cpu").device.type == "cpu" and tuned
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="more processes than the 2 GPUs"):
-        train.Machine()
+    assert used == [1, 1] and torch.backends.cuda.flash_sdp_enabled()
+    assert train.Machine("cpu").device.type == "cpu"
+    assert not torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_a_broken_checkpoint_is_named_and_a_lack_of_memory_is_not_taken_for_one(
@@ -1060,7 +1060,7 @@ def test_a_run_of_a_task_starts_from_the_encoder_and_can_be_repeated(encoder_fol
 
 
 def own_argv(folder, encoder, *more):
-    argv = f"--task=mine --glue={folder}/tasks --init={encoder} --out={folder}/out --dtype=fp32"
+    argv = f"--task=mine --glue={folder}/tasks --init={encoder} --out={folder}/out"
     return [*argv.split(), "--batch_size=8", *more]
 
 
@@ -1131,7 +1131,6 @@ def test_an_interrupted_sweep_makes_each_run_exactly_once(
         f"--glue={glue}",
         f"--init={encoder_folder}",
         f"--out={out}",
-        "--dtype=fp32",
     ]
     argv += "--predict --lr 1e-3 2e-3 --epochs 1 --seed 0 1 2".split()
     while not (out / "results.json").exists():
@@ -1180,7 +1179,7 @@ def test_fine_tuning_follows_table_5():
     ))  # fmt: skip
     point = dict(lr=1e-3, batch_size=2, epochs=10, seed=0)
     examples, labels = [[0, 5, 2]] * 20, np.array([0, 1] * 10)
-    ft.fine_tune(m.Classifier(config_of(), 2), examples, labels, point, machine())
+    ft.fine_tune(m.Classifier(config_of(), 2), examples, labels, point, machine(), "")
     hook.remove()
     lrs = np.interp(np.arange(100), [-1, 5, 6, 100], [0, 1e-3, 1e-3, 0])
     assert np.allclose([matrices[0] for matrices, _ in seen], lrs)
@@ -1230,7 +1229,7 @@ def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
         Path(name).write_text(text)
     Path("glue/json/dev.tsv").write_text(head + rows)
     Path("o/json").mkdir(parents=True)
-    Path("o/json/results.jsonl").write_text("[]\n")
+    Path("o/json/results.jsonl").write_text("[]\n{}\n")
     Path("latin.txt").write_bytes(b"one\n\ncaf\xe9 two\n")
     Path("short/train.bin").write_bytes(Path("short/train.bin").read_bytes()[:-4])
     Path("meta/meta.json").write_text("{}")
@@ -1252,12 +1251,12 @@ BAD = {
         ("--input none.txt", "none.txt"), ("--input empty.txt", "empty.txt: 0 doc"),
         ("--input latin.txt", "latin.txt: cannot"), ("--input one.txt", "one.txt: 1 document"),
         ("--input wiki.txt", "wiki.txt: 2 documents"), ("--frob", "--frob"), ("--doc x", "--doc"),
-        ("--val_every 0", "--val_every"), ("--val_every 1", "val_every"), ("--out ok.txt/o", "ok"),
+        ("--out ok.txt/o", "ok"), ("--vocab_size 0", "--vocab_size"),
         ("--tokenizer not.json", "not.json"), ("--vocab_size 3", "vocab_size 3: must be at least"),
     ]),
     train: ("--data=data --out=n --seq_len=16 --max_steps=1 --device=cpu --n_layer=1", [
-        ("--data no", "no/meta.json"), ("--data short", "short/train.bin"), ("--data meta", "meta"),
-        ("--seq_len 5000", "has no row of 5000"),
+        ("--data no", "no/meta.json"), ("--data short", "short: cannot be read"),
+        ("--data meta", "meta"), ("--seq_len 5000", "has no row of 5000"),
         ("--seq_len 2", "no row"), ("--n_positions 8", "--seq_len 16"),
         ("--init bert", "bert/config.json"), ("--init heads", "heads/config.json"),
         ("--dropout 2", "--dropout"), ("--warmup 6", "--warmup"), ("--mask_rate 2", "--mask_rate"),
@@ -1267,7 +1266,7 @@ BAD = {
         ("--fill a", "n/config.json"), ("--device abacus", "--device"), ("--init evil", "evil/py"),
     ]),
     ft: ("--init=hf --out=o --glue=glue --task=RTE", [
-        ("--glue no --task all", "no:"), ("--task XYZ", "XYZ/train"), ("--max_len 3", "--max_len"),
+        ("--glue no --task all", "no:"), ("--task XYZ", "XYZ/train"), ("--max_len 0", "--max_len"),
         ("--task RTE", "RTE/train.tsv: line 2"), ("--task label", "label/train.tsv"),
         ("--task head", "head/train.tsv: "), ("--task dev", "dev/dev.tsv: line 2"),
         ("--task nan --regression", "nan/train.tsv: line 3"), ("--task none", "none/train.tsv"),
