@@ -4,10 +4,10 @@
     python data.py --input 'corpus/*.txt' --out data/mine      a blank line ends a document
     python data.py --input wiki.txt --doc line --tokenizer roberta/tokenizer.json --out data/wiki
 
-This writes train.bin and val.bin (the tokens of one document after another, each followed by </s>),
-tokenizer.json and, last, meta.json, so that a folder that has one is complete. Memory does not grow
-with the text. Blank lines and white space at the ends of lines are dropped; apart from that this
-file does not clean, deduplicate or detokenize: the model reads what is in the files.
+This writes train.bin and val.bin (the tokens of one document after another, each followed by </s>;
+one document of a hundred is for validation), tokenizer.json and, last, meta.json, so that a folder
+that has one is complete. Memory does not grow with the text. Blank lines and white space at the
+ends of lines are dropped; apart from that nothing is cleaned, deduplicated or detokenized.
 
 Shapes: B rows of a batch | n tokens of a row, <s> and </s> included"""
 
@@ -31,15 +31,12 @@ from tqdm import tqdm
 
 from model import BOS, EOS, PAD, UNK, UserError, atomic, reading, write, write_json
 
-# Rows: prepared tokens -> batches
-
 
 class Data:
-    """A prepared folder. Row i of a split is <s>, the tokens i (n - 2) to (i + 1)(n - 2) of
-    train.bin or val.bin, and </s> (RoBERTa's FULL-SENTENCES). Tokens behind the last full row are
-    not used.
+    """A prepared folder: .meta of meta.json, .vocab_size, .mask_id, .tokens["train"] and ["val"].
 
-    .meta: meta.json; .vocab_size, .mask_id; .tokens: {"train": array of tokens, "val": same}."""
+    Row i is <s>, the tokens i (n - 2) to (i + 1)(n - 2), and </s> (RoBERTa's FULL-SENTENCES). Those
+    behind the last full row are not used."""
 
     def __init__(self, directory):
         self.directory, self.tokens = Path(directory), {}
@@ -63,9 +60,8 @@ class Data:
         return torch.from_numpy(rows)
 
     def batch(self, step, batch_size, n, seed):
-        """The rows of a training step, (B, n) int64, a function of (seed, step) alone: with g =
-        step * B + i, row i is row g mod N of epoch g div N; every epoch is a permutation of all N
-        rows."""
+        """The rows of a training step, (B, n) int64, a function of (seed, step) alone. Row number
+        g = step * B + i of a run is row g mod N of epoch g div N, a permutation of all N rows."""
         N, numbers = self.n_rows("train", n), range(step * batch_size, (step + 1) * batch_size)
         return self.rows("train", [permutation(N, seed, g // N)[g % N] for g in numbers], n)
 
@@ -81,8 +77,7 @@ def seed_of(*parts):
     return int(np.random.default_rng(parts).integers(2**63))
 
 
-# Preparation: text -> tokens
-
+# ---- Preparation: text -> tokens ----
 LIMIT = 1 << 14  # characters; a longer line is tokenized in parts
 END = ""  # stands between documents
 VAL_EVERY = 100  # one of so many documents is for validation
@@ -90,9 +85,8 @@ VAL_EVERY = 100  # one of so many documents is for validation
 
 def read_texts(files, doc, title):
     """Yields the lines of text files, each but a document's first with the newline before it, and
-    END behind each document. No token goes on across the end of a line, so the tokens of the lines
-    are those of the document. Only in a line longer than LIMIT, which comes in parts, may a word be
-    cut."""
+    END behind each document. No token crosses the end of a line, so the lines' tokens are those of
+    the document. Only in a line longer than LIMIT, which comes in parts, may a word be cut."""
     size = sum(map(os.path.getsize, files))
     bar = tqdm(desc=title, total=size, unit="B", unit_scale=True, disable=None)
     for path in files:
@@ -116,8 +110,8 @@ def read_texts(files, doc, title):
 
 
 def write_tokens(texts, tokenizer, dtype, out):
-    """Write train.bin and val.bin; every VAL_EVERY-th document, the first included, goes to
-    val.bin. Returns what meta.json says of them."""
+    """Write train.bin and val.bin, for which every VAL_EVERY-th document is, the first included.
+    Returns what meta.json says of them."""
     documents = 0
     with atomic(out / "train.bin") as train, atomic(out / "val.bin") as val:
         while chunk := list(islice(texts, 256)):
@@ -131,10 +125,9 @@ def write_tokens(texts, tokenizer, dtype, out):
 
 
 def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384):
-    """Tokenize text files into the folder `out`; the top of this file says what it then contains.
-
-    files: paths; doc: what a document is, "blank" (lines up to a blank one), "line" or "file";
-    tokenizer: a tokenizer.json, or None to train one with vocab_size words. Raises UserError."""
+    """Tokenize text files into the folder `out`. doc: what a document is, "blank" (lines up to a
+    blank one), "line" or "file"; tokenizer: a tokenizer.json, or None to train one with vocab_size
+    words. Raises UserError."""
     out = Path(out)
     if (out / "meta.json").exists():
         raise UserError(f"{out}: already prepared; use it, choose another --out, or delete it")
@@ -157,8 +150,7 @@ def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384):
 
 
 def write_python_docs(path):
-    """Write the long strings, most of them docstrings, in Python's library, numpy and torch: 11
-    MB."""
+    """Write the long strings, mostly docstrings, in Python's library, numpy and torch: 11 MB."""
     texts = {}  # a dict keeps the order and drops repetitions
     for root in (sysconfig.get_paths()["stdlib"], *np.__path__, *torch.__path__):
         files = sorted(Path(root).rglob("*.py"))
@@ -174,17 +166,14 @@ def write_python_docs(path):
     write(path, "\n\n".join(texts).encode("utf-8", "ignore"))
 
 
-# Tokenizers
-
+# ---- Tokenizers ----
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
 def train_bpe(texts, vocab_size, path):
     """Train a byte-level BPE as RoBERTa's: special tokens 0 to 3, <mask> last. Returns its path."""
     if vocab_size < 256 + len(SPECIAL):
-        raise UserError(
-            f"--vocab_size {vocab_size}: must be at least 261, all bytes and <s> to <mask>"
-        )
+        raise UserError(f"--vocab_size {vocab_size}: must be at least 261, for all bytes")
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size - 1, special_tokens=list(SPECIAL[:4]))
     tokenizer.add_special_tokens([SPECIAL[4]])
@@ -215,9 +204,6 @@ def load_tokenizer(path):
     return tokenizer, max(tokenizer.get_vocab().values()) + 1
 
 
-# What all commands share
-
-
 def command(main):
     """Decorator of a script's main: what the user can put right is one line on stderr, status 2."""
 
@@ -237,7 +223,7 @@ def command(main):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it is, and every flag's default."""
+    """Shows the description as it is, and every flag's default."""
 
 
 def make_parser(description):

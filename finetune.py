@@ -5,16 +5,16 @@
     python finetune.py --task mine --glue tasks --init roberta-base/ --out out/mine
 
 --init is the hf/ folder of a train.py run, or any Hugging Face RoBERTa folder. --lr, --batch_size,
---epochs and --seed take several values, which make a grid; --sweep is Table 5's grid with five
-seeds. For each seed the best run of the grid counts, by the task's score; then the median over the
-seeds is taken. A finished run is a line of OUT/TASK/results.jsonl, so the same command resumes
-behind the last one. OUT/TASK/hf is the task's best model, OUT/results.json the summary of all
-tasks, and with --predict OUT/predictions what the leaderboard wants. Tasks may run side by side,
-one process a GPU, but MNLI before the three tasks that start from its model.
+--epochs and --seed take several values, which make a grid; --sweep is Table 5's, with five seeds.
+For each seed the best run of the grid counts, by the task's score; then the median over the seeds.
+A finished run is a line of OUT/TASK/results.jsonl, so the same command resumes behind the last one.
+OUT/TASK/hf is the task's best model, OUT/results.json the summary of all tasks, OUT/predictions
+what the leaderboard wants. Tasks may run side by side, one process a GPU, but MNLI before the three
+tasks that start from its model.
 
 A task of your own is a folder with train.tsv, dev.tsv and, for --predict, test.tsv: tab-separated,
 with the columns sentence1, label and, for pairs, sentence2 named in line 1. This file does not
-download GLUE, and it has no layer-wise learning rates or ensembles.
+download GLUE.
 
 Shapes: B examples of a batch | T tokens of the longest, the others padded | C classes"""
 
@@ -69,9 +69,7 @@ def spearman(p, y):
 METRICS = dict(acc=accuracy, f1=f1, mcc=pearson, pearson=pearson, spearman=spearman)
 
 
-# Tasks
-
-
+# ---- Tasks ----
 class Task(NamedTuple):
     """Columns, classes, metrics and files of a task."""
 
@@ -153,13 +151,10 @@ def own_task(path, regression):
 
 def encode(texts, tokenizer):
     """Token ids of every example: <s> a </s>, or <s> a </s></s> b </s>, cut at the end of the
-    longer text to the tokenizer's truncation. Each text is cut to that before, since the library's
-    cut of a pair takes time and memory of the product of both lengths."""
+    longer text. Each text is cut before that, since the library's cut of a pair takes time and
+    memory of the product of both lengths."""
     columns = [tokenizer.encode_batch_fast(x, add_special_tokens=False) for x in zip(*texts)]
     return [tokenizer.post_process(*example).ids for example in zip(*columns)]
-
-
-# One run
 
 
 def pad(examples, device):
@@ -190,8 +185,7 @@ def predict(model, examples, machine, batch_size=64):
 
 
 def fine_tune(model, examples, labels, point, machine, title):
-    """Train a Classifier on lists of ids and an array of labels. point: a dict of lr, batch_size,
-    epochs and seed."""
+    """Train a Classifier on lists of ids and an array of labels, at a point of the grid."""
     regression, rng = len(model.labels) == 1, np.random.default_rng(point["seed"])
     labels = torch.tensor(labels, dtype=torch.float32 if regression else torch.int64)
     batches = []
@@ -230,9 +224,6 @@ def run_once(title, task, splits, encoder, config, point, machine):
     return dict(point=point, metrics=metrics, score=score, collapsed=collapsed), model
 
 
-# Many runs
-
-
 def grid(name, args):
     """The points of a task: Table 5's with --sweep, else one; given flags come first."""
     values = dict(seed=[0], lr=[5e-5], batch_size=[32], epochs=[3])
@@ -244,11 +235,9 @@ def grid(name, args):
 
 def fingerprint(encoder, files):
     """CRC-32 of an encoder's weights and of a task's files: its results are of these alone."""
-    crc = 0
-    for p in encoder.state_dict().values():
-        crc = zlib.crc32(p.numpy(), crc)
-    for file in files:
-        crc = zlib.crc32(file.read_bytes(), crc)
+    weights, crc = [p.numpy() for p in encoder.state_dict().values()], 0
+    for part in weights + [file.read_bytes() for file in files]:
+        crc = zlib.crc32(part, crc)
     return crc
 
 
@@ -269,8 +258,8 @@ def run_task(name, task, args, tokenizer, machine):
     config, encoder = load_pretrained(start)
     config.dropout = 0.1  # Table 5
     files, splits = [Path(args.glue, name, file) for file in ("train.tsv", *task.dev)], []
-    texts = [*files, Path(args.init, "tokenizer.json")]
-    settings = [fingerprint(encoder, texts), args.max_len, args.regression]
+    crc = fingerprint(encoder, [*files, Path(args.init, "tokenizer.json")])
+    settings = [crc, args.max_len, args.regression]
     runs, path = read_results(out / "results.jsonl"), out / "results.jsonl"
     if any(settings != run.get("settings") for run in runs):
         what = "another encoder, other texts, --max_len or --regression"
@@ -286,11 +275,7 @@ def run_task(name, task, args, tokenizer, machine):
             save_pretrained(model, out / "hf", Path(args.init, "tokenizer.json"))
         runs.append(run | dict(start=start, settings=settings))
         write(path, "".join(json.dumps(x) + "\n" for x in runs).encode())
-        print(f"{title}: {percent(run['metrics'])}{' collapsed' * run['collapsed']}")
-
-
-def percent(metrics):
-    return "  ".join(f"{m} {100 * v:.1f}" for m, v in metrics.items())
+        print(f"{title}: score {100 * run['score']:.1f}{' collapsed' * run['collapsed']}")
 
 
 def report(out):
@@ -304,7 +289,8 @@ def report(out):
         medians = {m: statistics.median(x[m] for x in values) for m in values[0]}
         collapsed = sum(run["collapsed"] for run in runs)
         summary[name] = medians | dict(seeds=len(best), collapsed=collapsed)
-        print(f"{name:<7}{percent(medians)}  seeds {len(best)}  collapsed {collapsed}")
+        metrics = "  ".join(f"{m} {100 * x:.1f}" for m, x in medians.items())
+        print(f"{name:<7}{metrics}  seeds {len(best)}  collapsed {collapsed}")
     average = statistics.mean(medians["score"] for medians in summary.values())
     write_json(out / "results.json", dict(summary=summary, average=average, definition=AVERAGE))
     print(f"average of {len(summary)} tasks: {100 * average:.1f} ({AVERAGE})")
@@ -328,9 +314,6 @@ def write_predictions(name, task, args, tokenizer, machine):
             predictions = [f"{x:.3f}" for x in scores]
         rows = [f"{i}\t{x}\n" for i, x in enumerate(predictions)]
         write(answers, "".join(["index\tprediction\n", *rows]).encode())
-
-
-# The command
 
 
 @command

@@ -1,13 +1,12 @@
-"""Appendix D of the paper as code: the FLOPs of vanilla MLM and of 3ML, and the speed-ups they
-yield.
+"""Appendix D of the paper as code: the FLOPs of vanilla MLM and of 3ML, and their speed-ups.
 
     python flops.py        Table 3's speed-ups beside the paper's, and the curve of Figure 5
 
 A multiply-add counts as two. Biases, activations, LayerNorm, softmax, dropout and the embedding
-look-up are left out (they are under 1%). Symbols (Table 6): b batch size, u updates, l layers, n
-sequence length, d width, r masking rate, V vocabulary; _en encoder, _de decoder. The formulas take
-r as a real number, as the paper does; `forward` takes a real batch's whole numbers of tokens, and
-is torch's FlopCounterMode exactly.
+look-up are left out (under 1%). Symbols (Table 6): b batch size, u updates, l layers, n sequence
+length, d width, r masking rate, V vocabulary; _en encoder, _de decoder. The formulas take r as a
+real number, as the paper does; `forward` takes the whole numbers of tokens of a real batch, and is
+torch's FlopCounterMode exactly.
 
 Where the paper's print and its own sums disagree, this file follows the sums: phi_out is printed
 2n^2d, but 8nd^2 + 4n^2d needs 2nd^2; Eq. 4's last term belongs inside the bracket of 2bu(...), as
@@ -40,8 +39,7 @@ def cross_block(n_en, n_de, d_de):
 
 
 def prediction_projected(n, r, d_en, d_de, V):
-    """The prediction layer on a share r of n tokens; its first part projects the decoder's width
-    back to the encoder's."""
+    """The prediction layer on a share r of n tokens: back to the encoder's width, then to words."""
     return 2 * n * r * (d_de * d_en + d_en * V)
 
 
@@ -55,8 +53,7 @@ def bridge(n_en, d_en, d_de):
     return 2 * n_en * d_en * d_de if d_en != d_de else 0
 
 
-# A training run. Forward and backward count as 2 x forward, as in the paper; ratios are the same
-# with any factor. masked: the share of [MASK] among the tokens to predict.
+# A training run, at 2 x forward as in the paper. masked: [MASK]'s share of the tokens to predict.
 
 
 def roberta(b, u, l, n, d, r, V):
@@ -86,9 +83,9 @@ FORMULAS = {"self": three_ml_self, "cross": three_ml_cross}
 
 
 def forward(config, n, n_masked, k):
-    """Forward FLOPs of one row of n tokens, of which n_masked are [MASK] and k are predicted,
-    through a model.MaskedLM of this model.ModelConfig: exactly those of its matrix products. None
-    if no formula is known for its decoder; a new one needs an entry of FORMULAS."""
+    """Forward FLOPs of a row of n tokens, n_masked of them [MASK] and k predicted, through the
+    MaskedLM of a ModelConfig: exactly those of its matrix products. None for a decoder that has no
+    entry in FORMULAS."""
     c, r, V = config, k / n, config.vocab_size
     if c.decoder == "none":
         return round(roberta(1, 0.5, c.n_layer, n, c.n_embd, r, V))
@@ -98,21 +95,15 @@ def forward(config, n, n_masked, k):
     return round(FORMULAS[c.decoder](1, 0.5, *shape, r, V, masked=n_masked / k))
 
 
-# The table
-
 # Batch size, updates of the baseline (vanilla MLM at 15%), layers, sequence length, width
 SIZES = {"large": (4096, 23_000, 24, 128, 1024), "base": (2048, 125_000, 12, 512, 768)}
 TABLE_3 = (  # size, decoder, masking rate, updates, the paper's speed-up
-    ("large", "none", 0.4, 23_000, 1.00),
-    ("large", "self", 0.4, 23_000, 1.34),
-    ("large", "self", 0.5, 23_000, 1.47),
-    ("large", "cross", 0.4, 23_000, 1.37),
-    ("base", "self", 0.4, 125_000, 1.22),
-    ("base", "self", 0.4, 153_000, 1.00),
-    ("base", "self", 0.5, 125_000, 1.28),
-    ("base", "self", 0.5, 160_000, 1.00),
+    ("large", "none", 0.4, 23_000, 1.00), ("large", "self", 0.4, 23_000, 1.34),
+    ("large", "self", 0.5, 23_000, 1.47), ("large", "cross", 0.4, 23_000, 1.37),
+    ("base", "self", 0.4, 125_000, 1.22), ("base", "self", 0.4, 153_000, 1.00),
+    ("base", "self", 0.5, 125_000, 1.28), ("base", "self", 0.5, 160_000, 1.00),
     ("base", "cross", 0.4, 157_000, 1.00),
-)
+)  # fmt: skip
 
 
 def speed_up(size, decoder, r, u):

@@ -4,11 +4,10 @@ A vanilla masked language model sends [MASK]s, which carry no word, through all 
 encoder reads a row without them; a small decoder brings them back and predicts. In reading order:
 
     counts, corrupt     which tokens become [MASK], which are replaced, which are predicted
-    Attention, Block    an ordinary Transformer block, with cross-attention for 3MLcross
-    Encoder             RoBERTa's encoder: what is kept after pre-training
+    Encoder             RoBERTa's, of torch's own Transformer layers: what pre-training is for
+    NoDecoder           vanilla MLM, the baseline: the [MASK]s went through the encoder
     SelfDecoder         3MLself: the [MASK]s join the latents (section 2.2, Figure 2 left)
     CrossDecoder        3MLcross: the [MASK]s look at the latents (section 2.2, Figure 2 right)
-    NoDecoder           vanilla MLM, the baseline: the [MASK]s went through the encoder
     MaskedLM            encoder, decoder and prediction head
 
     batch = corrupt(torch.randint(4, 999, (8, 64)), 0.5, vocab_size=1000, mask_id=999)
@@ -18,7 +17,7 @@ Then follow the classifier for fine-tuning, and Hugging Face folders. This file 
 
 Shapes: B rows of a batch | n tokens of a row | n_m of them [MASK] | n_en = n - n_m, the others
         k tokens of a row to predict | d_en, d_de widths of encoder and decoder | V vocabulary size
-        T, S any number of tokens, d any width | h attention heads of size hs, d = h * hs"""
+        T any number of tokens | d any width"""
 
 import json
 import os
@@ -39,9 +38,7 @@ class UserError(ValueError):
     """Something that the user can put right; the scripts print it as one line."""
 
 
-# Corruption
-
-
+# ---- Corruption ----
 class Corrupted(NamedTuple):
     """A batch of rows as MaskedLM takes it. All but n_replaced are int64 tensors."""
 
@@ -89,9 +86,7 @@ def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab_size, mask_id, gene
     return Corrupted(inputs, kept, masked, predict, tokens.gather(1, predict), n_replaced)
 
 
-# The Transformer
-
-
+# ---- The Transformer ----
 @dataclass
 class ModelConfig:
     """The shape of a model."""
@@ -113,9 +108,8 @@ class ModelConfig:
 
 
 def transformer(n_layer, d, config, cross=False):
-    """torch's own Transformer, n_layer blocks of width d; with cross, these attend to a memory too.
-    Behind pre-LN blocks, which leave their sum unnormalized, follows a last LayerNorm. Raises
-    UserError."""
+    """torch's own Transformer: n_layer blocks of width d, which with cross attend to a memory too.
+    Pre-LN blocks do not normalize their output, so a last LayerNorm follows. Raises UserError."""
     if d % config.head_size:
         raise UserError(f"head_size is {config.head_size}, no divisor of the width {d}")
     pre, heads = config.norm == "pre", d // config.head_size
@@ -188,9 +182,8 @@ class NoDecoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What 3ML's two decoders share: a bridge from d_en to d_de; a learned [MASK] of width d_de
-    that is no word embedding (section 2.2); positions of their own (section 3.3); blocks; and
-    FC1."""
+    """What 3ML's decoders share: a bridge from d_en to d_de; a learned [MASK] of width d_de that is
+    no word embedding (section 2.2); positions of their own (section 3.3); blocks; and FC1."""
 
     def __init__(self, config, cross=False):
         super().__init__()
@@ -264,9 +257,7 @@ class MaskedLM(nn.Module):
         return losses.view_as(batch.labels)
 
 
-# Fine-tuning
-
-
+# ---- Fine-tuning ----
 class Classifier(nn.Module):
     """The encoder and RoBERTa's classification head on <s>; one class is a regression. The head
     keeps PyTorch's default initialization, as in fairseq."""
@@ -286,8 +277,7 @@ class Classifier(nn.Module):
         return self.head_out(self.drop(torch.tanh(self.head_dense(self.drop(x)))))
 
 
-# Hugging Face folders. A post-LN encoder is transformers' Roberta, a pre-LN one its
-# RobertaPreLayerNorm.
+# Hugging Face folders. A post-LN encoder is transformers' Roberta, a pre-LN one RobertaPreLayerNorm
 
 HF_MODELS = {"post": "roberta", "pre": "roberta_prelayernorm"}
 HF_NAMES = {  # parts of our parameters' names, and of transformers'; replaced in this order
@@ -306,8 +296,8 @@ HF_TOKEN_TYPE = "embeddings.token_type_embeddings.weight"  # of the one type tha
 
 
 def hf_names(name, norm, prefix):
-    """What transformers calls a parameter of ours: one name, or three for q, k and v in one. The
-    names of the encoder's begin with the prefix."""
+    """transformers' names of a parameter of ours: one, or three where q, k and v are one parameter.
+    Those of the encoder begin with the prefix."""
     name = name.replace("encoder.", prefix)
     for ours, theirs in (HF_NAMES | HF_NORMS[norm]).items():
         name = name.replace(ours, theirs)
@@ -318,8 +308,7 @@ def hf_names(name, norm, prefix):
 
 
 def hf_config(config):
-    """transformers' config.json of an encoder. There, positions start at 2, after the id of
-    <pad>."""
+    """transformers' config.json of an encoder. Its positions start at 2, behind <pad>'s id."""
     return dict(
         model_type=HF_MODELS[config.norm].replace("_", "-"), vocab_size=config.vocab_size,
         hidden_size=config.n_embd, intermediate_size=4 * config.n_embd, hidden_act="gelu",
@@ -330,11 +319,9 @@ def hf_config(config):
 
 
 def save_pretrained(model, directory, tokenizer_file=None):
-    """Write a Hugging Face folder: config.json, model.safetensors and, given a tokenizer.json, the
-    tokenizer. Raises OSError.
-
-    model: a MaskedLM (3ML: the encoder alone, since transformers has no class for the decoder;
-    vanilla MLM: the head too, as ForMaskedLM), or a Classifier (as ForSequenceClassification)."""
+    """Write a Hugging Face folder of a Classifier, or of a MaskedLM: 3ML's encoder alone, since
+    transformers has no class for the decoder; vanilla MLM's with its head. tokenizer_file: a
+    tokenizer.json. Raises OSError."""
     directory, config, settings = Path(directory), model.config, hf_config(model.config)
     state = model.state_dict()
     if isinstance(model, MaskedLM) and config.decoder != "none":
@@ -362,9 +349,8 @@ def save_pretrained(model, directory, tokenizer_file=None):
 
 def load_pretrained(directory, n_classes=None):
     """Read a Hugging Face folder of type roberta or roberta-prelayernorm: (ModelConfig, Encoder)
-    in fp32, or with n_classes (ModelConfig, Classifier). ModelConfig.decoder is "none", since such
-    a folder has no decoder. Raises UserError, which names the file that is missing or does not
-    fit."""
+    in fp32, or with n_classes (ModelConfig, Classifier). ModelConfig.decoder is "none". Raises
+    UserError, which names what is missing or does not fit."""
     directory = Path(directory)
     with reading(directory / "config.json", "needs a RoBERTa encoder, such as a run's hf/"):
         hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -395,10 +381,8 @@ def load_pretrained(directory, n_classes=None):
 def read_weights(directory):
     """{name: tensor} of a folder's weights, in one file or several. Of two formats, transformers
     takes safetensors, and so do we. Runs no code in them. Raises UserError."""
-    files = sorted(directory.glob("model*.safetensors"))
-    files = files or sorted(directory.glob("pytorch_model*.bin"))
-    weights = {}
-    for path in files:
+    files, weights = sorted(directory.glob("model*.safetensors")), {}
+    for path in files or sorted(directory.glob("pytorch_model*.bin")):
         with reading(path):
             if path.suffix == ".bin":
                 weights |= torch.load(path, map_location="cpu", weights_only=True)
@@ -407,9 +391,7 @@ def read_weights(directory):
     return weights
 
 
-# Files
-
-
+# ---- Files ----
 @contextmanager
 def reading(path, advice="is it the right file?"):
     """Turns what a broken or foreign file raises into a UserError; lack of memory is none."""

@@ -1126,12 +1126,7 @@ def test_an_interrupted_sweep_makes_each_run_exactly_once(
         return run, model
 
     monkeypatch.setattr(ft, "run_once", interrupted)
-    argv = [
-        "--task=all",
-        f"--glue={glue}",
-        f"--init={encoder_folder}",
-        f"--out={out}",
-    ]
+    argv = ["--task=all", f"--glue={glue}", f"--init={encoder_folder}", f"--out={out}"]
     argv += "--predict --lr 1e-3 2e-3 --epochs 1 --seed 0 1 2".split()
     while not (out / "results.json").exists():
         try:

@@ -10,9 +10,8 @@ The same command resumes a run, however it was interrupted: at most --save_every
 again, and on a CPU it ends bit for bit as if undisturbed. A run leaves in --out ckpt.pt (all that
 resuming needs), log.jsonl, config.json, tokenizer.json, and hf/ (the encoder, for finetune.py and
 transformers; vanilla MLM's has its head). Rows and masks are a function of (seed, step, row),
-dropout of (seed, step, first row of the micro-batch): where micro-batches start at the same rows,
-the number of processes changes nothing but the order of sums. Without torchrun, `python train.py`
-does the same. This file does not shard a model."""
+dropout of (seed, step, first row of the micro-batch), so that the number of processes changes
+nothing but the order of sums. `python train.py` is the same. This file does not shard a model."""
 
 import argparse
 import json
@@ -36,15 +35,12 @@ from model import load_pretrained, reading, save_pretrained, write, write_json
 
 # Table 4's recipes, and one of ours for a first look
 RECIPES = {
-    "tiny": dict(
-        n_layer=3, n_embd=256, n_layer_dec=1, norm="pre", dropout=0.0, mask_rate=0.5, seq_len=32,
-        batch_size=32, max_steps=4500, lr=7e-4),
-    "efficient-large": dict(
-        n_layer=24, n_embd=1024, norm="pre", mask_rate=0.5, seq_len=128, batch_size=4096,
-        micro_batch_size=256, max_steps=23_000, lr=2e-3),
-    "longer-base": dict(
-        n_layer=12, n_embd=768, mask_rate=0.4, seq_len=512, batch_size=2048,
-        max_steps=125_000, lr=7e-4),
+    "tiny": dict(n_layer=3, n_embd=256, n_layer_dec=1, norm="pre", dropout=0.0, mask_rate=0.5,
+                 seq_len=32, batch_size=32, max_steps=4500, lr=7e-4),
+    "efficient-large": dict(n_layer=24, n_embd=1024, norm="pre", mask_rate=0.5, seq_len=128,
+                            batch_size=4096, micro_batch_size=256, max_steps=23_000, lr=2e-3),
+    "longer-base": dict(n_layer=12, n_embd=768, mask_rate=0.4, seq_len=512, batch_size=2048,
+                        max_steps=125_000, lr=7e-4),
 }  # fmt: skip
 # Flags that may differ when a run is resumed. All others, and the data, must be the same.
 MAY_DIFFER = (
@@ -65,7 +61,6 @@ def parse_flags(argv):
     add("--seed", type=int, default=0, help="seed of initialization, rows, masks and dropout")
     add("--eval_only", action="store_true", help="evaluate and export the checkpoint in --out")
     add("--fill", metavar="TEXT", help="print the likeliest words for each <mask> of a text")
-
     add = parser.add_argument_group("model").add_argument
     add("--decoder", choices=DECODERS, default="self", help="3ML's decoder; none is vanilla MLM")
     add("--n_layer", type=count, help="layers of the encoder")
@@ -76,7 +71,6 @@ def parse_flags(argv):
     add("--norm", choices=("post", "pre"), help="LayerNorm; None: pre for cross, else post")
     add("--dropout", type=share, default=0.1, help="dropout of hidden states and attention weights")
     add("--n_positions", type=count, help="longest row the model can take; None: seq_len")
-
     add = parser.add_argument_group("training").add_argument
     add("--mask_rate", type=share, help="share r of a row's tokens to predict")
     add("--strategy", type=share, nargs=3, default=[0.8, 0.1, 0.1],
@@ -89,12 +83,10 @@ def parse_flags(argv):
     add("--warmup", type=share, default=0.06, help="share of the steps with a rising rate")
     add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices only")
     add("--grad_clip", type=float, default=0.0, help="largest norm of the gradient; 0 is off")
-
     add = parser.add_argument_group("watching and saving").add_argument
     add("--log_every", type=count, default=50, help="steps between lines of the log")
     add("--eval_every", type=count, default=500, help="steps between evaluations")
     add("--save_every", type=count, default=500, help="steps between checkpoints")
-
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to run")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="precision of products")
@@ -117,12 +109,9 @@ def parse_flags(argv):
     return args
 
 
-# One step
-
-
+# ---- One step ----
 def lr_at(step, lr, warmup, max_steps):
-    """Learning rate of step 0, 1, ...: a linear rise to lr over the share `warmup`, then linearly
-    to 0."""
+    """Learning rate of step 0, 1, ...: up to lr for the share `warmup`, then linearly to 0."""
     rising = round(warmup * max_steps)
     if step < rising:
         return lr * (step + 1) / rising
@@ -145,8 +134,7 @@ def corrupted(rows, rate, args, data, seed):
 
 
 def step_batch(data, args, step, device):
-    """The corrupted rows of a step, of all processes: each makes them all, which costs little, and
-    uses its share, so that the number of processes cannot matter."""
+    """The corrupted rows of a step, of all processes: each makes them all and uses its share."""
     rows = data.batch(step, args.batch_size, args.seq_len, args.seed).to(device)
     return corrupted(rows, args.mask_rate, args, data, seed_of(args.seed, 2, step))
 
@@ -157,9 +145,8 @@ def rows_of(batch, start, stop, device):
 
 
 def backward(model, batch, args, step, machine, scaler):
-    """Gradients of the batch's mean loss. This process does its share of the rows, in
-    micro-batches, and DistributedDataParallel averages over processes. Returns the share's mean
-    loss in nats."""
+    """Gradients of the batch's mean loss. This process does its share of the rows in micro-batches,
+    and DDP averages over processes. Returns the share's mean loss in nats."""
     share, k = args.batch_size // machine.world, batch.predict.size(1)
     start, end, total = machine.rank * share, (machine.rank + 1) * share, 0.0
     for at in range(start, end, args.micro_batch_size):
@@ -175,7 +162,7 @@ def backward(model, batch, args, step, machine, scaler):
 
 def update(model, optimizer, scaler, lr, grad_clip=0.0):
     """Take an optimizer step. Returns the norm of the gradient before clipping, a tensor. fp16's
-    scaler leaves out a step with an infinite gradient, and lowers its scale."""
+    scaler leaves out a step with an infinite gradient."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)
@@ -186,9 +173,7 @@ def update(model, optimizer, scaler, lr, grad_clip=0.0):
     return norm
 
 
-# The run
-
-
+# ---- The run ----
 def train(model, optimizer, scaler, data, args, machine, settings, first, last):
     """The steps from `first` up to `last`. settings: see save_checkpoint."""
     wrapped = torch.compile(model) if args.compile else model  # evaluation takes `model` itself
@@ -224,8 +209,8 @@ def train(model, optimizer, scaler, data, args, machine, settings, first, last):
 
 
 def speed(seconds, config, args, machine):
-    """Of a step's seconds: tokens per second, and MFU, the share of the GPUs' peak that 3 x forward
-    FLOPs are; None where the peak, or a formula for the decoder, is unknown."""
+    """Tokens per second, and MFU, the share of the GPUs' peak that 3 x forward FLOPs are; None if
+    the peak, or a formula for the decoder, is unknown."""
     k, n_m, _ = counts(args.seq_len, args.mask_rate, args.strategy)
     forward, mfu = flops.forward(config, args.seq_len, n_m, k), None
     if machine.peak and forward:
@@ -241,15 +226,12 @@ def write_log(entry, args, machine):
         machine.say("  ".join(f"{name} {x:,.6g}" for name, x in entry.items() if x is not None))
 
 
-# Evaluation
-
-
 @torch.no_grad()
 def evaluate(model, data, args, machine):
     """Validation losses in nats, and perplexities of all tokens and of each kind, as an entry of
-    the log: at the run's own masking rate, and at 15% ("_15"), since losses at different rates do
-    not compare. All processes share the work. The rows are the first ones, and the masks come from
-    a fixed seed on the CPU: they are the same for all runs on all devices."""
+    the log: at the run's own masking rate, and at 15% ("_15"), since different rates do not
+    compare. The first rows, and masks of a fixed seed on the CPU, are the same for all runs and
+    devices. All processes share the work."""
     model.eval()
     rows = range(min(1024, data.n_rows("val", args.seq_len)))
     rows, entry, size = data.rows("val", rows, args.seq_len), {}, args.micro_batch_size
@@ -288,9 +270,6 @@ def fill(args):
         print("  ".join(f"{tokenizer.decode([i])!r} {shares[i]:.1%}" for i in best))
 
 
-# Checkpoints
-
-
 def save_checkpoint(out, done, settings, model, optimizer, scaler):
     """Write ckpt.pt: whole, or the one before remains. settings: what makes the run this one."""
     state = dict(
@@ -315,9 +294,7 @@ def resume(out, settings, model, optimizer, scaler):
     old = state.get("settings", {})  # another program's file has none
     for name, new in settings.items():
         if new != old.get(name):
-            raise UserError(
-                f"{out}: its run has {name} {old.get(name)}, not {new}; use another --out"
-            )
+            raise UserError(f"{out}: its run has {name} {old.get(name)}, not {new}")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty without fp16
@@ -325,19 +302,15 @@ def resume(out, settings, model, optimizer, scaler):
     return state["step"]
 
 
-# The machine
-
+# ---- The machine ----
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PEAKS = {  # FLOP/s of dense bf16 products, by the name that torch has for a GPU
-    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA L40S": 362e12,
-}  # fmt: skip
+# FLOP/s of dense bf16 products, by torch.cuda.get_device_name()
+PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 
 
 class Machine:
-    """This process: its rank among `world` processes, its device, and the dtype of its products; by
-    default what torch finds, and the fastest dtype that it has. peak: FLOP/s of the GPU, or None.
-    Raises UserError."""
+    """This process: its rank among `world` processes, its device, the dtype of its products (the
+    fastest that it has), and the peak of its GPU in FLOP/s, or None. Raises UserError."""
 
     def __init__(self, device="auto", dtype="auto"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -375,9 +348,6 @@ class Machine:
         """Print a line above the progress bar, in the first process."""
         if self.rank == 0:
             tqdm.write(text)
-
-
-# The command
 
 
 def make_model(args):
