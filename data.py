@@ -208,7 +208,7 @@ def command(main):
     """Decorator of a script's main: what the user can put right is one line on stderr, status 2."""
 
     def run(argv=None):
-        if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        with suppress(AttributeError):  # a notebook's stdout has no such method
             # Show lines at once, in files too, and no error where a terminal lacks a character.
             sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
         try:

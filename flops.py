@@ -95,8 +95,8 @@ def forward(config, n, n_masked, k):
     return round(FORMULAS[c.decoder](1, 0.5, *shape, r, V, masked=n_masked / k))
 
 
-# Batch size, updates of the baseline (vanilla MLM at 15%), layers, sequence length, width
-SIZES = {"large": (4096, 23_000, 24, 128, 1024), "base": (2048, 125_000, 12, 512, 768)}
+# Updates of the baseline (vanilla MLM at 15%), layers, sequence length, width
+SIZES = {"large": (23_000, 24, 128, 1024), "base": (125_000, 12, 512, 768)}
 TABLE_3 = (  # size, decoder, masking rate, updates, the paper's speed-up
     ("large", "none", 0.4, 23_000, 1.00), ("large", "self", 0.4, 23_000, 1.34),
     ("large", "self", 0.5, 23_000, 1.47), ("large", "cross", 0.4, 23_000, 1.37),
@@ -108,11 +108,11 @@ TABLE_3 = (  # size, decoder, masking rate, updates, the paper's speed-up
 
 def speed_up(size, decoder, r, u):
     """FLOPs of the baseline of a size over those of another run, as the paper counts them."""
-    b, updates, l, n, d = SIZES[size]
-    baseline = roberta(b, updates, l, n, d, 0.15, V=50265)
+    updates, l, n, d = SIZES[size]
+    baseline = roberta(1, updates, l, n, d, 0.15, V=50265)  # of one row: batches are equally large
     if decoder == "none":
-        return baseline / roberta(b, u, l, n, d, r, V=50265)
-    return baseline / FORMULAS[decoder](b, u, l, 2, n, d, d // 2, r, V=50265)
+        return baseline / roberta(1, u, l, n, d, r, V=50265)
+    return baseline / FORMULAS[decoder](1, u, l, 2, n, d, d // 2, r, V=50265)
 
 
 def main():

@@ -14,9 +14,11 @@ dropout of (seed, step, first row of the micro-batch), so that the number of pro
 nothing but the order of sums. `python train.py` is the same. This file does not shard a model."""
 
 import argparse
+import ctypes
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -178,7 +180,7 @@ def train(model, optimizer, scaler, data, args, machine, settings, first, last):
     """The steps from `first` up to `last`. settings: see save_checkpoint."""
     wrapped = torch.compile(model) if args.compile else model  # evaluation takes `model` itself
     if machine.world > 1:
-        wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(wrapped)
     batch, seconds, logged = step_batch(data, args, first, machine.device), 0.0, first
     bar = tqdm(total=last, initial=first, desc="training", disable=machine.rank > 0 or None)
     for step in range(first, last):
@@ -326,6 +328,9 @@ class Machine:
         elif self.device.type == "cpu":
             # For short rows SDPA's plain products are faster; CPUs heed this flag too.
             torch.backends.cuda.enable_flash_sdp(False)
+            if sys.platform == "linux":  # glibc is not to map and unmap every large tensor
+                ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+                ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
             best = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else best
         torch.set_float32_matmul_precision("high")
         self.dtype = DTYPES.get(dtype, best)

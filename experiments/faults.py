@@ -45,7 +45,7 @@ def new_folder():
 
 
 def prepare(out):
-    flags = f"--input {FOLDER}/text.txt --vocab_size 400 --val_every 10 --out {out}"
+    flags = f"--input {FOLDER}/text.txt --vocab_size 400 --out {out}"
     return [sys.executable, "data.py", *flags.split()]
 
 
