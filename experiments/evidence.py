@@ -1,22 +1,23 @@
 """The study in experiments/README.md: does 3ML keep its promise?
 
-    python experiments/evidence.py --jobs 2             runs what is not yet there, two at a time
-    python experiments/evidence.py --only self-50.1     one run, if its log is not yet there
-    python experiments/evidence.py --draw               only the figure and the table
+    python experiments/evidence.py --jobs 2               runs what is not yet there, two at a time
+    python experiments/evidence.py --only six/self-50.1   one run, if its log is not yet there
+    python experiments/evidence.py --draw                 only the figure and the tables
 
-A run is train.py with its recipe tiny and the flags in RUNS, on one core; its log is kept as
-experiments/evidence/NAME.jsonl. An interrupted run resumes. The figure, and the table between its
-marks in experiments/README.md, are made from these logs and nothing else."""
+A run is train.py with the flags of its setting and its own, on one core; its log is kept as
+experiments/evidence/SETTING/NAME.jsonl. An interrupted run resumes. The figure, and the tables
+between their marks in experiments/README.md, are made from these logs and nothing else."""
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,76 +29,90 @@ import train  # noqa: E402
 from model import counts  # noqa: E402
 
 HERE = ROOT / "experiments"
-V15 = "--decoder none --mask_rate 0.15"
-RUNS = {  # name: flags. The number behind the last dot is the seed.
-    "vanilla-15.0": V15,
-    "vanilla-15.1": V15,
-    "vanilla-15.2": V15,
-    "self-50.0": "",
-    "self-50.1": "",
-    "self-50.2": "",
-    "vanilla-15, lr 1.4e-3.0": f"{V15} --lr 1.4e-3",
-    "self-50, lr 1.4e-3.0": "--lr 1.4e-3",
-    "vanilla-40.0": "--decoder none --mask_rate 0.4",
-    "vanilla-50.0": "--decoder none --mask_rate 0.5",
-    "self-40.0": "--mask_rate 0.4",
-    "cross-50.0": "--decoder cross",
-    "cross-50, 2 layers.0": "--decoder cross --n_layer_dec 2",
+V15, V40, V50 = (f"--decoder none --mask_rate {rate}" for rate in (0.15, 0.4, 0.5))
+HALF = "--max_steps 2250 --eval_every 250"
+SETTINGS = {
+    "six": "--n_layer 6 --n_layer_dec 2 --seq_len 64 --lr 2e-3 --log_every 100",
+    "tiny": "--log_every 100",
+}
+RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
+    **{f"six/vanilla-15.{seed}": V15 for seed in range(3)},
+    **{f"six/vanilla-50.{seed}": V50 for seed in range(3)},
+    **{f"six/self-50.{seed}": "" for seed in range(3)},
+    "six/self-50, equal FLOPs.0": "--max_steps 6138",
+    **{f"six/vanilla-15, half, lr {lr}.0": f"{V15} {HALF} --lr {lr}" for lr in (5e-4, 1e-3, 2e-3)},
+    **{f"six/self-50, half, lr {lr}.0": f"{HALF} --lr {lr}" for lr in (5e-4, 1e-3, 2e-3)},
+    **{f"tiny/vanilla-15.{seed}": V15 for seed in range(3)},
+    **{f"tiny/self-50.{seed}": "" for seed in range(3)},
+    "tiny/vanilla-15, lr 1.4e-3.0": f"{V15} --lr 1.4e-3",
+    "tiny/self-50, lr 1.4e-3.0": "--lr 1.4e-3",
+    "tiny/vanilla-40.0": V40,
+    "tiny/vanilla-50.0": V50,
+    "tiny/self-40.0": "--mask_rate 0.4",
+    "tiny/cross-50.0": "--decoder cross",
 }
 COLOURS = {"vanilla-15": "tab:blue", "vanilla-50": "tab:purple", "self-50": "tab:red",
-           "cross-50": "tab:green"}  # fmt: skip
+           "self-50, equal FLOPs": "tab:orange"}  # fmt: skip
+
+
+def flags_of(name):
+    setting, kind = name.split("/")
+    return [*SETTINGS[setting].split(), "--seed", kind.rpartition(".")[2], *RUNS[name].split()]
 
 
 def run(name):
     """One run, if its log is not there yet."""
     kept, out = HERE / f"evidence/{name}.jsonl", ROOT / "out/evidence" / name
     if not kept.exists():
-        flags = [*RUNS[name].split(), "--seed", name.rpartition(".")[2], "--log_every", "100"]
-        argv = [sys.executable, ROOT / "train.py", "--out", out, *flags]
+        argv = [sys.executable, ROOT / "train.py", "--out", out, *flags_of(name)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(argv, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+        kept.parent.mkdir(exist_ok=True)
         kept.write_text((out / "log.jsonl").read_text())
         print(name, "done", flush=True)
 
 
-def forward_flops(name):
-    """Of a row, through the model of a run."""
-    args = train.parse_flags(RUNS[name].split())
+def step_flops(name):
+    """Forward FLOPs of a row, through the model of a run."""
+    args = train.parse_flags(flags_of(name))
     args.vocab_size = 2048
     k, n_m, _ = counts(args.seq_len, args.mask_rate, args.strategy)
     return flops.forward(train.make_model(args).config, args.seq_len, n_m, k)
 
 
-def evaluations():
-    """{name without seed: (FLOPs of a step over vanilla-15's, steps, masked perplexities at 15% and
-    at the run's own rate, both (seeds, evaluations))} of the runs that are there."""
-    runs, base = {}, forward_flops("vanilla-15.0")
+def curves(setting):
+    """{kind: its runs in a setting}, of each seed an array with a row an evaluation: FLOPs (1 is
+    vanilla-15's whole run), minutes at the run's median speed, masked perplexity at 15%, and at the
+    run's own rate."""
+    kinds, base = {}, 4500 * step_flops(f"{setting}/vanilla-15.0")
     for name in RUNS:
         path = HERE / f"evidence/{name}.jsonl"
-        if path.exists():
-            entries = [json.loads(line) for line in path.read_text().splitlines()]
-            entries = [entry for entry in entries if "val_loss" in entry]
-            steps = [entry["step"] for entry in entries]
-            kind = runs.setdefault(
-                name.rpartition(".")[0], (forward_flops(name) / base, steps, [], [])
-            )
-            kind[2].append([entry["ppl_masked_15"] for entry in entries])
-            kind[3].append([entry["ppl_masked"] for entry in entries])
-    return runs
+        if name.startswith(setting) and path.exists():
+            log = [json.loads(line) for line in path.read_text().splitlines()]
+            args = train.parse_flags(flags_of(name))
+            speeds = [x["tokens_per_s"] for x in log if "loss" in x] or [math.nan]
+            minutes = args.batch_size * args.seq_len / median(speeds) / 60
+            cost = step_flops(name) / base
+            rows = [
+                (x["step"] * cost, x["step"] * minutes, x["ppl_masked_15"], x["ppl_masked"])
+                for x in log
+                if "val_loss" in x
+            ]
+            kinds.setdefault(name.split("/")[1].rpartition(".")[0], []).append(np.array(rows))
+    return kinds
 
 
-def draw(runs):
-    """Masked perplexity at 15% against steps and FLOPs; bands from the least to the greatest."""
+def draw(kinds):
+    """Masked perplexity at 15% against FLOPs and minutes; bands from the least to the greatest."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for kind, colour in COLOURS.items():
-        if kind not in runs:
-            continue
-        cost, steps, at_15, _ = runs[kind]
-        for panel, scale in zip(panels, (1, cost / steps[-1])):
-            x, y = np.array(steps) * scale, np.array(at_15)
-            panel.plot(x, np.exp(np.log(y).mean(0)), ".-", color=colour, label=kind)
-            panel.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.25, linewidth=0)
-    for panel, label in zip(panels, ("steps", "FLOPs (1: vanilla-15's run)")):
+    for kind in [kind for kind in COLOURS if kind in kinds]:
+        runs = np.array(kinds[kind])  # (seeds, evaluations, 4)
+        for panel, x in zip(panels, runs.mean(0).T):
+            y, style = runs[:, :, 2], ".--" if "equal" in kind else ".-"
+            label = f"{kind} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+            panel.plot(x, np.exp(np.log(y).mean(0)), style, color=COLOURS[kind], label=label)
+            panel.fill_between(x, y.min(0), y.max(0), color=COLOURS[kind], alpha=0.2, linewidth=0)
+    for panel, label in zip(panels, ("FLOPs (1: vanilla-15's run)", "minutes on one core")):
         panel.set(xlabel=label, yscale="log")
         panel.set_yticks(ticks := [20, 30, 50, 100, 200, 300, 500], ticks)
         panel.minorticks_off()
@@ -107,15 +122,14 @@ def draw(runs):
     figure.savefig(HERE / "evidence/study.svg")
 
 
-def table(runs):
-    """Each kind of run: its FLOPs, and its masked perplexities at the end, of every seed."""
-    rows = [
-        "| run | FLOPs | masked perplexity at 15%, by seed | at its own rate, mean |",
-        "|---|---|---|---|",
-    ]
-    for kind, (cost, _, at_15, own) in runs.items():
-        seeds = ", ".join(f"{y[-1]:.1f}" for y in at_15)
-        rows.append(f"| {kind} | {cost:.2f} | {seeds} | {mean(y[-1] for y in own):.1f} |")
+def table(kinds):
+    """Each kind of run: its cost, and its masked perplexities at the end, of every seed."""
+    rows = ["| run | FLOPs | minutes | masked perplexity at 15%, by seed | at its own rate, mean |",
+            "|---|---|---|---|---|"]  # fmt: skip
+    for kind, runs in kinds.items():
+        cost, minutes = (np.nanmean([x[-1, i] for x in runs]) for i in (0, 1))
+        seeds, own = ", ".join(f"{x[-1, 2]:.1f}" for x in runs), mean(x[-1, 3] for x in runs)
+        rows.append(f"| {kind} | {cost:.2f} | {minutes:.0f} | {seeds} | {own:.1f} |")
     return "\n".join(rows)
 
 
@@ -129,10 +143,14 @@ def main():
     if not args.draw:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(run, args.only))
-    runs, path = evaluations(), HERE / "README.md"
-    draw(runs)
-    marks = r"(<!-- runs -->\n).*?(<!-- end -->)"
-    text = re.sub(marks, lambda m: f"{m[1]}{table(runs)}\n{m[2]}", path.read_text(), flags=re.S)
+    path = HERE / "README.md"
+    text = path.read_text()
+    for setting in SETTINGS:
+        kinds = curves(setting)
+        if setting == "six":
+            draw(kinds)
+        marks = rf"(?<=<!-- {setting} -->\n).*?(?=\n<!-- end -->)"
+        text = re.sub(marks, table(kinds), text, flags=re.S)
     path.write_text(text)
 
 
