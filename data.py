@@ -198,7 +198,7 @@ def load_tokenizer(path):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", EOS), ("<s>", BOS))
-    text = "<s>\U0001f600"  # decoding drops special tokens, <unk> too
+    text = "<s>\xe9\u4f60\U0001f600"  # decoding drops special tokens, <unk> too
     if text not in tokenizer.decode(tokenizer.encode(text).ids):
         raise UserError(f"{path}: loses some characters, or takes '<s>' in a text for a token")
     return tokenizer, max(tokenizer.get_vocab().values()) + 1

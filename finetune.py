@@ -22,6 +22,7 @@ import itertools
 import json
 import statistics
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import command, count, load_tokenizer, make_parser
+from data import command, count, load_tokenizer, make_parser, share
 from model import PAD, Classifier, UserError
 from model import load_pretrained, reading, save_pretrained, write, write_json
 from train import Machine, lr_at, make_optimizer, update
@@ -132,7 +133,8 @@ def read_split(path, task, labelled=True):
         if labelled:
             advice = f"label must be one of {task.classes[:9]}, or a number with --regression"
             with reading(f"{path}: line {number}", advice):
-                labels.append(numbers[fields[-1]] if len(numbers) > 1 else float(fields[-1]))
+                label = fields[-1]  # a Fraction cannot be nan
+                labels.append(numbers[label] if len(numbers) > 1 else float(Fraction(label)))
     return texts, np.array(labels)
 
 
@@ -281,7 +283,7 @@ def report(out):
     """Summarize the results of all tasks in a folder in results.json, and print it as Table 3 does.
     Of each seed, the best run of the grid counts; over the seeds, the median."""
     summary = {}
-    for path in sorted(out.glob("*/results.jsonl")):
+    for path in sorted(out.rglob("results.jsonl")):
         runs, name = sorted(read_results(path), key=lambda run: run["score"]), path.parent.name
         best = {run["point"]["seed"]: run for run in runs}  # the last one of each seed
         values = [dict(score=run["score"]) | run["metrics"] for run in best.values()]
@@ -323,7 +325,7 @@ def main(argv):
     add("--glue", required=True, help="folder with GLUE's folders, or with your own")
     add("--init", required=True, help="Hugging Face RoBERTa folder to start from")
     add("--out", required=True, help="folder for results and models")
-    add("--lr", type=float, nargs="+", help="peak learning rates; None: 5e-5")
+    add("--lr", type=share, nargs="+", help="peak learning rates; None: 5e-5")
     add("--batch_size", type=count, nargs="+", help="examples of a step; None: 32")
     add("--epochs", type=count, nargs="+", help="passes over the training file; None: 3")
     add("--seed", type=int, nargs="+", help="seeds of head, order and dropout; None: 0")

@@ -381,8 +381,8 @@ def load_pretrained(directory, n_classes=None):
 def read_weights(directory):
     """{name: tensor} of a folder's weights, in one file or several. Of two formats, transformers
     takes safetensors, and so do we. Runs no code in them. Raises UserError."""
-    files, weights = sorted(directory.glob("model*.safetensors")), {}
-    for path in files or sorted(directory.glob("pytorch_model*.bin")):
+    files, weights = sorted(directory.glob("model[.-]*safetensors")), {}
+    for path in files or sorted(directory.glob("pytorch_model[.-]*bin")):
         with reading(path):
             if path.suffix == ".bin":
                 weights |= torch.load(path, map_location="cpu", weights_only=True)

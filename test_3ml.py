@@ -191,6 +191,7 @@ def test_transformers_computes_the_same_states_losses_and_gradients(norm, decode
             close(p.grad, grad[2:] if name == "encoder.pos.weight" else grad)
 
     shaken(theirs).save_pretrained(tmp_path / "theirs")
+    shutil.copy(tmp_path / "ours/model.safetensors", tmp_path / "theirs/model_old.safetensors")
     shaken(theirs).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     (tmp_path / "bin").mkdir()
     shutil.copy(tmp_path / "theirs/config.json", tmp_path / "bin")
@@ -775,13 +776,17 @@ def test_a_broken_checkpoint_is_named_and_a_lack_of_memory_is_not(corpus, tmp_pa
     good = path.read_bytes()
     with pytest.raises(MemoryError), m.reading(path):
         raise MemoryError
-    torch.save(dict(model={}, optimizer={}, iter_num=9, config={}), path)  # as nanoGPT's
-    foreign = path.read_bytes()
-    for bad in (good[:-1000], b"", b"text", foreign):
+    for bad in (good[:-1000], b"", b"text"):
         path.write_bytes(bad)
-        words = "its run has seed None" if bad is foreign else f"{path}: cannot be read"
-        refused(capsys, words, train.main, argv)
+        refused(capsys, f"{path}: cannot be read", train.main, argv)
         assert path.read_bytes() == bad
+    torch.save(dict(model={}, optimizer={}, iter_num=9, config={}), path)  # as nanoGPT's
+    refused(capsys, "its run has seed None", train.main, argv)
+    path.write_bytes(good)
+    state = torch.load(path)
+    state["settings"]["span"] = 3  # of a changed train.py
+    torch.save(state, path)
+    refused(capsys, "its run has span 3, not None", train.main, argv)
 
 
 def test_divergence_stops_before_anything_is_saved(corpus, tmp_path, monkeypatch, capsys):
@@ -926,7 +931,7 @@ def test_a_tiny_encoder_learns_a_task_of_ones_own(encoder_folder, tmp_path, caps
         (folder / f"{part}.tsv").write_text("label\tsentence1\n" + "".join(lines))
     other, out = shutil.copytree(encoder_folder, tmp_path / "hf"), tmp_path / "out"
     argv = f"--task=mine --glue={tmp_path}/tasks --init={other} --out={out} --batch_size=8".split()
-    ft.main([*argv, "--lr=1e30", "--epochs=1"])
+    ft.main([*argv, "--lr=1", "--epochs=1"])
     ft.main([*argv, "--lr=2e-3", "--epochs=15", "--predict"])
     runs = [json.loads(line) for line in (out / "mine/results.jsonl").read_text().splitlines()]
     assert [run["collapsed"] for run in runs] == [True, False]
@@ -1046,14 +1051,18 @@ class Malice:
 def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
     """A folder of things that go wrong, and the working directory of the case."""
     monkeypatch.chdir(tmp_path)
-    for name in ("data", "short", "meta", "hf", "evil", "bert", "heads", "words", "run"):
-        shutil.copytree(corpus if name in ("data", "short", "meta") else encoder_folder, name)
+    for name in ("hf", "evil", "bert", "heads", "words", "run"):
+        shutil.copytree(encoder_folder, name)
+    for name in ("data", "short", "meta", "val"):
+        shutil.copytree(corpus, name)
+    meta = Path("val/meta.json").read_text()
+    Path("val/meta.json").write_text(re.sub(r'("val": )\d+', r"\g<1>9", meta))
     head, rows = "sentence1\tlabel\n", "a\tx\nb\ty\n"
     texts = {"ok.txt": "a b\n\nc d\n\ne f\n", "empty.txt": "", "one.txt": "a document\n",
              "wiki.txt": "one line\n" * 99 + "\nmore\n", "not.json": "{"}  # fmt: skip
     numbers = "".join(f"a\t{i / 7}\n" for i in range(999))
     tasks = {"RTE": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n", "head": "text\tlabel\n" + rows,
-             "label": head + "a\tx\nb\n", "dev": head + rows, "nan": head + "a\t1.5\nb\tx\n",
+             "label": head + "a\tx\nb\n", "dev": head + rows, "nan": head + "a\t1.5\nb\tnan\n",
              "none": head + "a\tx\nb\t\n", "float": head + numbers,
              "json": head + rows}  # fmt: skip
     for name, text in tasks.items():
@@ -1091,7 +1100,8 @@ BAD = {
     train: ("--data=data --out=n --seq_len=16 --max_steps=1 --device=cpu --n_layer=1", [
         ("--data no", "no/meta.json"), ("--data short", "short: cannot be read"),
         ("--data meta", "meta"), ("--seq_len 5000", "has no row of 5000"),
-        ("--seq_len 2", "no row"), ("--n_positions 8", "--seq_len 16"),
+        ("--seq_len 2", "no row"), ("--n_positions 8", "--seq_len 16"), ("--lr -1", "--lr"),
+        ("--data val", "val/val.bin: has no row of 16"),
         ("--init bert", "bert/config.json"), ("--init heads", "heads/config.json"),
         ("--dropout 2", "--dropout"), ("--warmup 6", "--warmup"), ("--mask_rate 2", "--mask_rate"),
         ("--mask_rate 0", "mask_rate is 0"), ("--strategy 0.8 0.1 0.2", "strategy"),

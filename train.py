@@ -81,9 +81,9 @@ def parse_flags(argv):
     add("--batch_size", type=count, help="rows of a step, over all processes and micro-batches")
     add("--micro_batch_size", type=count, default=64, help="rows that go through a process at once")
     add("--max_steps", type=count, help="steps of the run, and of its learning-rate schedule")
-    add("--lr", type=float, help="peak learning rate")
+    add("--lr", type=share, help="peak learning rate")
     add("--warmup", type=share, default=0.06, help="share of the steps with a rising rate")
-    add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices only")
+    add("--weight_decay", type=share, default=0.01, help="AdamW's, on matrices only")
     add("--grad_clip", type=float, default=0.0, help="largest norm of the gradient; 0 is off")
     add = parser.add_argument_group("watching and saving").add_argument
     add("--log_every", type=count, default=50, help="steps between lines of the log")
@@ -214,10 +214,9 @@ def speed(seconds, config, args, machine):
     """Tokens per second, and MFU, the share of the GPUs' peak that 3 x forward FLOPs are; None if
     the peak, or a formula for the decoder, is unknown."""
     k, n_m, _ = counts(args.seq_len, args.mask_rate, args.strategy)
-    forward, mfu = flops.forward(config, args.seq_len, n_m, k), None
-    if machine.peak and forward:
-        mfu = 3 * forward * args.batch_size / seconds / (machine.peak * machine.world)
-    return dict(tokens_per_s=round(args.seq_len * args.batch_size / seconds), mfu=mfu)
+    forward, rows = flops.forward(config, args.seq_len, n_m, k), args.batch_size / seconds
+    mfu = 3 * forward * rows / machine.peak / machine.world if machine.peak and forward else None
+    return dict(tokens_per_s=round(args.seq_len * rows), mfu=mfu)
 
 
 def write_log(entry, args, machine):
@@ -244,11 +243,9 @@ def evaluate(model, data, args, machine):
             with machine.autocast():
                 nats += model(rows_of(batch, at, at + size, machine.device)).sum(0).cpu()
         nats = machine.sum(nats) / len(rows)
-        n_m, n_replaced = batch.masked.size(1), batch.n_replaced
-        masked, replaced, unchanged = nats.tensor_split([n_m, n_m + n_replaced])
-        kinds = {"": nats, "_masked": masked, "_replaced": replaced, "_unchanged": unchanged}
-        entry[f"val_loss{suffix}"] = nats.mean().item()
-        for kind, part in kinds.items():
+        entry[f"val_loss{suffix}"], n_m = nats.mean().item(), batch.masked.size(1)
+        parts = nats, *nats.tensor_split([n_m, n_m + batch.n_replaced])
+        for kind, part in zip(("", "_masked", "_replaced", "_unchanged"), parts):
             entry[f"ppl{kind}{suffix}"] = part.mean().exp().item() if len(part) else None
     model.train()
     return entry
@@ -294,9 +291,9 @@ def resume(out, settings, model, optimizer, scaler):
         return 0
     state = load_checkpoint(out)
     old = state.get("settings", {})  # another program's file has none
-    for name, new in settings.items():
-        if new != old.get(name):
-            raise UserError(f"{out}: its run has {name} {old.get(name)}, not {new}")
+    for name in settings | old:
+        if settings.get(name) != old.get(name):
+            raise UserError(f"{out}: its run has {name} {old.get(name)}, not {settings.get(name)}")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty without fp16
@@ -385,6 +382,7 @@ def run(args, machine):
     if args.compile:
         machine.say("compiling the model; this needs a C compiler, --no-compile does not")
     data, out = open_data(args, machine), Path(args.out)
+    data.n_rows("val", args.seq_len)  # raises UserError before, not behind the training
     args.vocab_size = data.vocab_size
     model = make_model(args).to(machine.device)
     optimizer = make_optimizer(model, args.weight_decay)
