@@ -36,7 +36,7 @@ class Data:
     """A prepared folder: .meta of meta.json, .vocab_size, .mask_id, .tokens["train"] and ["val"].
 
     Row i is <s>, the tokens i (n - 2) to (i + 1)(n - 2), and </s> (RoBERTa's FULL-SENTENCES). Those
-    behind the last full row are not used."""
+    after the last full row are not used."""
 
     def __init__(self, directory):
         self.directory, self.tokens = Path(directory), {}
@@ -68,8 +68,8 @@ class Data:
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def permutation(n_rows, seed, epoch):
-    """The order of an epoch's rows. The 94 million rows that efficient-large reads take 0.4 GB."""
-    return np.random.default_rng((seed, 1, epoch)).permutation(np.arange(n_rows, dtype=np.uint32))
+    """The order of an epoch's rows: 0.2 GB for the 30 million of a corpus of 16 GB."""
+    return np.random.default_rng((seed, 1, epoch)).permutation(n_rows)
 
 
 def seed_of(*parts):
@@ -84,9 +84,9 @@ VAL_EVERY = 100  # one of so many documents is for validation
 
 
 def read_texts(files, doc, title):
-    """Yields the lines of text files, each but a document's first with the newline before it, and
-    END behind each document. No token crosses the end of a line, so the lines' tokens are those of
-    the document. Only in a line longer than LIMIT, which comes in parts, may a word be cut."""
+    """Yields the lines of text files, newlines being before lines, and END after a document. No
+    token crosses the end of a line, so the tokens of the lines are those of the document. Only in a
+    line longer than LIMIT, which comes in parts, may a word be cut."""
     size = sum(map(os.path.getsize, files))
     bar = tqdm(desc=title, total=size, unit="B", unit_scale=True, disable=None)
     for path in files:
@@ -110,8 +110,7 @@ def read_texts(files, doc, title):
 
 
 def write_tokens(texts, tokenizer, dtype, out):
-    """Write train.bin and val.bin, for which every VAL_EVERY-th document is, the first included.
-    Returns what meta.json says of them."""
+    """Write train.bin and val.bin (every VAL_EVERY-th document), and return their meta.json."""
     documents = 0
     with atomic(out / "train.bin") as train, atomic(out / "val.bin") as val:
         while chunk := list(islice(texts, 256)):
@@ -125,15 +124,14 @@ def write_tokens(texts, tokenizer, dtype, out):
 
 
 def prepare(files, out, doc="blank", tokenizer=None, vocab_size=16384):
-    """Tokenize text files into the folder `out`. doc: what a document is, "blank" (lines up to a
-    blank one), "line" or "file"; tokenizer: a tokenizer.json, or None to train one with vocab_size
-    words. Raises UserError."""
+    """Tokenize text files into the folder `out`; doc: "blank" (lines up to a blank one), "line" or
+    "file"; tokenizer: a tokenizer.json, None: train one with vocab_size words. Raises UserError."""
     out = Path(out)
     if (out / "meta.json").exists():
         raise UserError(f"{out}: already prepared; use it, choose another --out, or delete it")
     if tokenizer is None:
-        step = 1 + sum(map(os.path.getsize, files)) // (200 << 20)  # learn from some 200 MB
-        texts = islice(read_texts(files, doc, "reading"), 0, None, step)
+        stride = 1 + sum(map(os.path.getsize, files)) // (200 << 20)  # learn from some 200 MB
+        texts = islice(read_texts(files, doc, "reading"), 0, None, stride)
         tokenizer = train_bpe(texts, vocab_size, out / "tokenizer.json")
     tokenizer, V = load_tokenizer(tokenizer)
     write(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
@@ -240,7 +238,7 @@ def count(text):
     return int(text)
 
 
-def share(text):
+def fraction(text):
     """A flag's number from 0 to 1."""
     if not 0 <= float(text) <= 1:
         raise ValueError(text)

@@ -7,14 +7,13 @@
 --init is the hf/ folder of a train.py run, or any Hugging Face RoBERTa folder. --lr, --batch_size,
 --epochs and --seed take several values, which make a grid; --sweep is Table 5's, with five seeds.
 For each seed the best run of the grid counts, by the task's score; then the median over the seeds.
-A finished run is a line of OUT/TASK/results.jsonl, so the same command resumes behind the last one.
+A finished run is a line of OUT/TASK/results.jsonl, so the same command resumes after the last one.
 OUT/TASK/hf is the task's best model, OUT/results.json the summary of all tasks, OUT/predictions
 what the leaderboard wants. Tasks may run side by side, one process a GPU, but MNLI before the three
 tasks that start from its model.
 
 A task of your own is a folder with train.tsv, dev.tsv and, for --predict, test.tsv: tab-separated,
-with the columns sentence1, label and, for pairs, sentence2 named in line 1. This file does not
-download GLUE.
+with the columns sentence1, label and, for pairs, sentence2 named in line 1. GLUE is not downloaded.
 
 Shapes: B examples of a batch | T tokens of the longest, the others padded | C classes"""
 
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import command, count, load_tokenizer, make_parser, share
+from data import command, count, fraction, load_tokenizer, make_parser
 from model import PAD, Classifier, UserError
 from model import load_pretrained, reading, save_pretrained, write, write_json
 from train import Machine, lr_at, make_optimizer, update
@@ -58,8 +57,8 @@ def pearson(p, y):
 
 def ranks(x):
     """Ranks from 1; equal values have the average of theirs."""
-    _, which, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (count.cumsum() - (count - 1) / 2)[which]
+    _, which, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[which]
 
 
 def spearman(p, y):
@@ -103,7 +102,7 @@ FROM_MNLI = ("RTE", "STS-B", "MRPC")  # start from MNLI's model, if --out has on
 # Table 5, and what it has for MNLI, QQP and QNLI
 GRID = dict(seed=range(5), lr=[1e-5, 3e-5, 5e-5, 8e-5], batch_size=[16, 32], epochs=[3, 5, 10])
 LARGE_GRID = GRID | dict(lr=[5e-5, 8e-5], batch_size=[32], epochs=[3, 5])
-AVERAGE = "GLUE's is over all eight; a task's score is the mean of its metrics, MNLI's of m and mm"
+AVERAGE = "over tasks, GLUE's being over all eight; a score is the mean of a task's metrics"
 
 
 def read_table(path):
@@ -133,7 +132,7 @@ def read_split(path, task, labelled=True):
         if labelled:
             advice = f"label must be one of {task.classes[:9]}, or a number with --regression"
             with reading(f"{path}: line {number}", advice):
-                label = fields[-1]  # a Fraction cannot be nan
+                label = fields[-1]  # Fraction refuses nan, which float does not
                 labels.append(numbers[label] if len(numbers) > 1 else float(Fraction(label)))
     return texts, np.array(labels)
 
@@ -235,7 +234,7 @@ def grid(name, args):
 
 
 def fingerprint(encoder, files):
-    """CRC-32 of an encoder's weights and of a task's files: its results are of these alone."""
+    """CRC-32 of an encoder's weights and of a task's files: the results hold for these alone."""
     weights, crc = [p.numpy() for p in encoder.state_dict().values()], 0
     for part in weights + [file.read_bytes() for file in files]:
         crc = zlib.crc32(part, crc)
@@ -284,7 +283,8 @@ def report(out):
     Of each seed, the best run of the grid counts; over the seeds, the median."""
     summary = {}
     for path in sorted(out.rglob("results.jsonl")):
-        runs, name = sorted(read_results(path), key=lambda run: run["score"]), path.parent.name
+        runs = sorted(read_results(path), key=lambda run: run["score"])
+        name = str(path.parent.relative_to(out))
         best = {run["point"]["seed"]: run for run in runs}  # the last one of each seed
         values = [dict(score=run["score"]) | run["metrics"] for run in best.values()]
         medians = {m: statistics.median(x[m] for x in values) for m in values[0]}
@@ -325,7 +325,7 @@ def main(argv):
     add("--glue", required=True, help="folder with GLUE's folders, or with your own")
     add("--init", required=True, help="Hugging Face RoBERTa folder to start from")
     add("--out", required=True, help="folder for results and models")
-    add("--lr", type=share, nargs="+", help="peak learning rates; None: 5e-5")
+    add("--lr", type=fraction, nargs="+", help="peak learning rates; None: 5e-5")
     add("--batch_size", type=count, nargs="+", help="examples of a step; None: 32")
     add("--epochs", type=count, nargs="+", help="passes over the training file; None: 3")
     add("--seed", type=int, nargs="+", help="seeds of head, order and dropout; None: 0")

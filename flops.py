@@ -2,11 +2,10 @@
 
     python flops.py        Table 3's speed-ups beside the paper's, and the curve of Figure 5
 
-A multiply-add counts as two. Biases, activations, LayerNorm, softmax, dropout and the embedding
-look-up are left out (under 1%). Symbols (Table 6): b batch size, u updates, l layers, n sequence
-length, d width, r masking rate, V vocabulary; _en encoder, _de decoder. The formulas take r as a
-real number, as the paper does; `forward` takes the whole numbers of tokens of a real batch, and is
-torch's FlopCounterMode exactly.
+A multiply-add counts as two. What is not a matrix product is left out (under 1%). Symbols (Table
+6): b batch size, u updates, l layers, n sequence length, d width, r masking rate, V vocabulary; _en
+encoder, _de decoder. The formulas take r as a real number, as the paper does; `forward` takes the
+whole numbers of tokens of a real batch, and is torch's FlopCounterMode exactly.
 
 Where the paper's print and its own sums disagree, this file follows the sums: phi_out is printed
 2n^2d, but 8nd^2 + 4n^2d needs 2nd^2; Eq. 4's last term belongs inside the bracket of 2bu(...), as
@@ -44,7 +43,7 @@ def prediction_projected(n, r, d_en, d_de, V):
 
 
 def prediction(n, r, d, V):
-    """The prediction layer behind the encoder."""
+    """The prediction layer after the encoder."""
     return prediction_projected(n, r, d, d, V)
 
 
@@ -70,7 +69,7 @@ def three_ml_self(b, u, l_en, l_de, n, d_en, d_de, r, V, masked=0.8):
 
 
 def three_ml_cross(b, u, l_en, l_de, n, d_en, d_de, r, V, masked=0.8):
-    """Eq. 4: 3MLcross; the replaced and unchanged tokens are predicted behind the encoder."""
+    """Eq. 4: 3MLcross; the replaced and unchanged tokens are predicted after the encoder."""
     n_de = masked * r * n
     n_en = n - n_de
     encoder = l_en * block(n_en, d_en) + bridge(n_en, d_en, d_de)
@@ -116,8 +115,7 @@ def speed_up(size, decoder, r, u):
 
 
 def main():
-    print("Table 3: speed-up over vanilla MLM at 15%")
-    print("size   decoder  rate  updates  ours  paper")
+    print("Table 3: speed-up over vanilla MLM\nsize   decoder  rate  updates  ours  paper")
     for size, decoder, r, u, paper in TABLE_3:
         ours = speed_up(size, decoder, r, u)
         print(f"{size:<7}{decoder:<9}{r:.0%}{u:>10,}{ours:>6.2f}{paper:>7.2f}")

@@ -32,6 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3  # RoBERTa's <s> <pad> </s> <unk>; <mask> differs by tokenizer
+# torch's fused evaluation of its layers has another GELU on GPUs, and ignores a CPU's autocast.
+torch.backends.mha.set_fastpath_enabled(False)
 
 
 class UserError(ValueError):
@@ -73,14 +75,14 @@ def corrupt(tokens, rate, strategy=(0.8, 0.1, 0.1), *, vocab_size, mask_id, gene
     word, and chosen only where a row has fewer than k ordinary ones. Raises UserError (counts)."""
     k, n_m, n_replaced = counts(tokens.size(1), rate, strategy)
     special = (tokens <= UNK) | (tokens == mask_id)  # (B, n)
-    # Sorting noise puts a row's positions in random order, its special tokens behind the others.
+    # Sorting noise puts a row's positions in random order, its special tokens after the others.
     noise = torch.rand(tokens.shape, generator=generator, device=tokens.device)
     order = noise.masked_fill(special, 2.0).argsort(dim=1)  # (B, n)
     kinds = order[:, :k].split([n_m, n_replaced, k - n_m - n_replaced], dim=1)
     masked, replaced, unchanged = (positions.sort().values for positions in kinds)
     kept = order[:, n_m:].sort().values  # replaced and unchanged tokens stay in the encoder's row
     words = torch.empty_like(replaced).random_(UNK + 1, vocab_size - 1, generator=generator)
-    words += words >= mask_id  # drawn from one word fewer, so that none is <mask>
+    words += words >= mask_id  # skip <mask>: the draw was from V - 1 words
     inputs = tokens.scatter(1, masked, mask_id).scatter(1, replaced, words)
     predict = torch.cat([masked, replaced, unchanged], dim=1)
     return Corrupted(inputs, kept, masked, predict, tokens.gather(1, predict), n_replaced)
@@ -108,10 +110,10 @@ class ModelConfig:
 
 
 def transformer(n_layer, d, config, cross=False):
-    """torch's own Transformer: n_layer blocks of width d, which with cross attend to a memory too.
+    """torch's own Transformer: n_layer blocks of width d. With cross, they also attend to a memory.
     Pre-LN blocks do not normalize their output, so a last LayerNorm follows. Raises UserError."""
     if d % config.head_size:
-        raise UserError(f"head_size is {config.head_size}, no divisor of the width {d}")
+        raise UserError(f"--head_size {config.head_size}: no divisor of {d}, a width of the model")
     pre, heads = config.norm == "pre", d // config.head_size
     layer = nn.TransformerDecoderLayer if cross else nn.TransformerEncoderLayer
     block = layer(d, heads, 4 * d, config.dropout, "gelu", batch_first=True, norm_first=pre)
@@ -159,13 +161,13 @@ class Encoder(nn.Module):
 
 
 # Decoders: from the encoder's latents to the states to predict from, (B, k, d_en), in the order of
-# batch.predict. Each ends in its FC1, the first layer of the prediction head. One more is a class
-# like these and an entry of DECODERS: a value of --decoder, which gets the kept tokens' latents.
+# batch.predict. Each ends in its FC1, the first layer of the prediction head. To add one, write a
+# class like these, which gets the latents of the kept tokens, and an entry of DECODERS.
 
 
 def take_visible(x, batch):
     """x, in batch.kept's order -> the states of replaced and unchanged tokens (B, k - n_m, d)."""
-    positions = batch.predict[:, batch.masked.size(1) :].contiguous()
+    positions = batch.predict[:, batch.masked.size(1) :].contiguous()  # as searchsorted wants it
     index = torch.searchsorted(batch.kept, positions)  # kept is ascending
     return x.take_along_dim(index.unsqueeze(-1), dim=1)
 
@@ -259,8 +261,8 @@ class MaskedLM(nn.Module):
 
 # ---- Fine-tuning ----
 class Classifier(nn.Module):
-    """The encoder and RoBERTa's classification head on <s>; one class is a regression. The head
-    keeps PyTorch's default initialization, as in fairseq."""
+    """The encoder and RoBERTa's head on <s>, which starts as PyTorch has it, as in fairseq. One
+    class is a regression."""
 
     def __init__(self, config, n_classes):
         super().__init__()
@@ -320,8 +322,7 @@ def hf_config(config):
 
 def save_pretrained(model, directory, tokenizer_file=None):
     """Write a Hugging Face folder of a Classifier, or of a MaskedLM: 3ML's encoder alone, since
-    transformers has no class for the decoder; vanilla MLM's with its head. tokenizer_file: a
-    tokenizer.json. Raises OSError."""
+    transformers has no class for its decoder; vanilla MLM with its head. Raises OSError."""
     directory, config, settings = Path(directory), model.config, hf_config(model.config)
     state = model.state_dict()
     if isinstance(model, MaskedLM) and config.decoder != "none":
@@ -381,7 +382,7 @@ def load_pretrained(directory, n_classes=None):
 def read_weights(directory):
     """{name: tensor} of a folder's weights, in one file or several. Of two formats, transformers
     takes safetensors, and so do we. Runs no code in them. Raises UserError."""
-    files, weights = sorted(directory.glob("model[.-]*safetensors")), {}
+    files, weights = sorted(directory.glob("model[.-]*safetensors")), {}  # whole, or in shards
     for path in files or sorted(directory.glob("pytorch_model[.-]*bin")):
         with reading(path):
             if path.suffix == ".bin":

@@ -236,16 +236,20 @@ def test_dropout_is_everywhere_in_training_and_nowhere_else(kind, states, maps, 
 def test_decoders_are_figure_2s(decoder, norm):
     """Written down for one row, in which every token is in its own place."""
     net, batch = model_of(decoder=decoder, norm=norm), random_batch()
-    d, logits = net.decoder, net.logits(batch)
+    en, d = net.encoder, net.decoder
+    en.drop = d.drop = nn.Tanh()  # which shows where the dropout is
+    logits = net.logits(batch)
     for r in range(4):
         kept, masked, latents = batch.kept[r], batch.masked[r], torch.zeros(20, 32)
-        latents[kept] = net.encoder(batch.inputs[r : r + 1, kept], kept[None])[0]
+        embedded = en.tok(batch.inputs[r, kept]) + en.pos(kept)
+        latents[kept] = en.transformer(en.ln(embedded).tanh()[None])[0]
         x = d.mask.repeat(20, 1)
         if decoder == "self":
             x[kept] = d.bridge(latents[kept])
-            states = d.fc1(d.transformer((x + d.pos.weight)[None])[0])
+            states = d.fc1(d.transformer((x + d.pos.weight).tanh()[None])[0])
         else:
-            queries, memory = (x + d.pos.weight)[None, masked], d.bridge(latents[kept])[None]
+            queries = (x + d.pos.weight).tanh()[None, masked]
+            memory = d.bridge(latents[kept])[None]
             states = d.fc1_visible(latents)
             states[masked] = d.fc1(d.transformer(queries, memory)[0])
         expected = F.linear(net.head_ln(F.gelu(states)), net.encoder.tok.weight, net.head_bias)
@@ -420,6 +424,20 @@ def test_a_tokenizer_that_loses_text_or_reads_special_tokens_in_it_is_refused(tm
         tokenizer.save(str(tmp_path / "given.json"))
         with pytest.raises(UserError, match="given.json: loses some characters"):
             data.load_tokenizer(tmp_path / "given.json")
+
+
+def test_the_default_corpus_is_the_long_strings_of_the_installed_python(tmp_path, monkeypatch):
+    long = "word " * 39 + "end"
+    for name in ("a.py", "site-packages/b.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(
+            f'"""\n  {long}\n\n  {name}\n"""\nx = "{long}"\ny = "too short"\n'
+        )
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: dict(stdlib=tmp_path))
+    monkeypatch.setattr(np, "__path__", [])
+    monkeypatch.setattr(torch, "__path__", [])
+    data.write_python_docs(tmp_path / "corpus.txt")
+    assert (tmp_path / "corpus.txt").read_text() == f"{long}\na.py\n\n{long}"
 
 
 def test_rows_of_an_epoch_come_once_each_in_an_order_of_its_own(tmp_path):
@@ -615,8 +633,12 @@ def test_a_finished_run_is_evaluated_and_not_changed(corpus, tmp_path, capsys):
         shutil.rmtree(tmp_path / "hf")  # which comes again
         train.main(again)
         assert (tmp_path / "hf/model.safetensors").exists()
-        assert math.isclose(log_of(tmp_path)[-1]["val_loss"], entries[-1]["val_loss"], rel_tol=1e-5)
-    for field, value in dict(lr=0.5, decoder="cross", batch_size=4, strategy=(1, 0, 0)).items():
+        last = log_of(tmp_path)[-1]
+        assert math.isclose(last["val_loss"], entries[-1]["val_loss"], rel_tol=1e-5)
+        assert last["step"] == 4 and "true" not in (tmp_path / "config.json").read_text()
+    assert [x["step"] for x in log_of(tmp_path) if "val_loss" in x] == [2, 4, 4, 4, 4, 4]
+    other = dict(lr=0.5, decoder="cross", batch_size=4, strategy=(1, 0, 0), seed=1, mask_rate=0.4)
+    for field, value in other.items():
         changed = arguments(corpus, tmp_path, **{field: value})
         refused(capsys, f"its run has {field} ", train.main, changed)
     other = prepared(tmp_path, ["the cat sat " * 50] * 9, tokenizer=corpus / "tokenizer.json")
@@ -631,7 +653,7 @@ def test_a_finished_run_is_evaluated_and_not_changed(corpus, tmp_path, capsys):
 def test_validation_is_the_mean_of_its_tokens(corpus, tmp_path):
     """The log's perplexities, from one undivided pass."""
     strategy = (0.5, 0.3, 0.2)
-    changes = dict(micro_batch_size=7, strategy=strategy, mask_rate=0.5, dropout=0.1)
+    changes = dict(micro_batch_size=7, strategy=strategy, mask_rate=0.5, dropout=0.1, seed=5)
     train.main(arguments(corpus, tmp_path, **changes))
     d, net, entry = data.Data(corpus), trained(tmp_path), log_of(tmp_path)[-1]
     for tag, rate in (("_15", 0.15), ("", 0.5)):
@@ -668,6 +690,7 @@ def test_recipes_are_table_4():
     assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in rest["params"]} == {1}
     assert (matrices["weight_decay"], rest["weight_decay"]) == (0.01, 0)
     assert (matrices["betas"], matrices["eps"]) == ((0.9, 0.98), 1e-6)
+    assert type(train.make_optimizer(model_of(), 0.01)) is torch.optim.AdamW
     schedule = np.interp(np.arange(100), [-1, 9, 10, 100], [0, 1, 1, 0])
     assert np.allclose([train.lr_at(s, 1.0, 0.1, 100) for s in range(100)], schedule)
     assert train.lr_at(0, 1.0, 0.0, 100) == 1.0
@@ -728,6 +751,8 @@ def test_seed_and_step_decide_all_that_is_random(corpus, tmp_path):
     seeds = [Namespace(**vars(args) | dict(seed=seed)) for seed in (0, 1)]
     net, other = (train.make_model(args) for args in seeds)
     assert not equal(net.state_dict(), other.state_dict())
+    rows = random_rows(8, 16)
+    d.batch = lambda *_: rows  # which rows a step has is tested with data.py
     batch = train.step_batch(d, args, 0, one.device)
     for seed, step in ((0, 1), (1, 0)):
         other = train.step_batch(d, seeds[seed], step, one.device)
@@ -794,10 +819,11 @@ def test_divergence_stops_before_anything_is_saved(corpus, tmp_path, monkeypatch
         return lambda net: next(net.parameters()).grad.view(-1)[:1].fill_(x)
 
     nan = dict(save_every=2, log_every=2)
-    during_step(2, spoil(math.nan), monkeypatch)
-    refused(capsys, "step 4: diverged", train.main, arguments(corpus, tmp_path / "cut", **nan))
-    assert torch.load(tmp_path / "cut/ckpt.pt")["step"] == 2
-    monkeypatch.undo()
+    for step in (3, 2):  # seen in the gradient of the saved step, and in its loss
+        during_step(step, spoil(math.nan), monkeypatch)
+        refused(capsys, "step 4: diverged", train.main, arguments(corpus, tmp_path / "cut", **nan))
+        assert torch.load(tmp_path / "cut/ckpt.pt")["step"] == 2
+        monkeypatch.undo()
     ends_as_if_uninterrupted(corpus, tmp_path, grad_clip=100, **nan)
     during_step(1, spoil(math.inf), monkeypatch)
     train.main(arguments(corpus, tmp_path / "fp16", dtype="fp16"))  # leaves that step out
@@ -1005,6 +1031,8 @@ def test_an_interrupted_sweep_makes_each_run_exactly_once(
     assert answers.keys() == {"RTE", "STS-B", "AX", "MNLI-m"} and answers["STS-B"] == {"5.000"}
     assert answers["RTE"] <= set(PAIR) and answers["AX"] <= set(MNLI)
     # RTE's runs belong to MNLI's model: with another, or with none, they would be other runs
+    other = ["--task=RTE", f"--glue={glue}", f"--init={out}/RTE/hf", f"--out={out}"]
+    refused(capsys, "MNLI/hf: does not start from", ft.main, other)
     shutil.rmtree(out / "MNLI")
     refused(capsys, "choose another --out", ft.main, ["--task=RTE", *argv[1:]])
 
@@ -1106,7 +1134,7 @@ BAD = {
         ("--dropout 2", "--dropout"), ("--warmup 6", "--warmup"), ("--mask_rate 2", "--mask_rate"),
         ("--mask_rate 0", "mask_rate is 0"), ("--strategy 0.8 0.1 0.2", "strategy"),
         ("--out run", "run/ckpt.pt"), ("--max_steps 0", "--max_steps"), ("--n_lay 2", "--n_lay"),
-        ("--n_embd 100", "head_size is 64"), ("--eval_only", "n/config.json"),
+        ("--n_embd 100", "--head_size 64"), ("--eval_only", "n/config.json"),
         ("--fill a", "n/config.json"), ("--device abacus", "--device"), ("--init evil", "evil/py"),
     ]),
     ft: ("--init=hf --out=o --glue=glue --task=RTE", [

@@ -10,8 +10,8 @@ The same command resumes a run, however it was interrupted: at most --save_every
 again, and on a CPU it ends bit for bit as if undisturbed. A run leaves in --out ckpt.pt (all that
 resuming needs), log.jsonl, config.json, tokenizer.json, and hf/ (the encoder, for finetune.py and
 transformers; vanilla MLM's has its head). Rows and masks are a function of (seed, step, row),
-dropout of (seed, step, first row of the micro-batch), so that the number of processes changes
-nothing but the order of sums. `python train.py` is the same. This file does not shard a model."""
+dropout of (seed, step, first row of the micro-batch), so the number of processes changes nothing
+but the order of sums. `python train.py` works like torchrun. This file does not shard a model."""
 
 import argparse
 import ctypes
@@ -30,13 +30,12 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import flops
-from data import Data, command, count, load_tokenizer, make_parser, seed_of, share
+from data import Data, command, count, fraction, load_tokenizer, make_parser, seed_of
 from data import main as prepare_default_data
 from model import DECODERS, Corrupted, MaskedLM, ModelConfig, UserError, atomic, corrupt, counts
 from model import load_pretrained, reading, save_pretrained, write, write_json
 
-# Table 4's recipes, and one of ours for a first look
-RECIPES = {
+RECIPES = {  # Table 4's, and one of ours for a first look
     "tiny": dict(n_layer=3, n_embd=256, n_layer_dec=1, norm="pre", dropout=0.0, mask_rate=0.5,
                  seq_len=32, batch_size=32, max_steps=4500, lr=7e-4),
     "efficient-large": dict(n_layer=24, n_embd=1024, norm="pre", mask_rate=0.5, seq_len=128,
@@ -71,19 +70,24 @@ def parse_flags(argv):
     add("--n_layer_dec", type=count, default=2, help="layers of the decoder")
     add("--n_embd_dec", type=count, help="width of the decoder; None: half of n_embd")
     add("--norm", choices=("post", "pre"), help="LayerNorm; None: pre for cross, else post")
-    add("--dropout", type=share, default=0.1, help="dropout of hidden states and attention weights")
+    add(
+        "--dropout",
+        type=fraction,
+        default=0.1,
+        help="dropout of hidden states and attention weights",
+    )
     add("--n_positions", type=count, help="longest row the model can take; None: seq_len")
     add = parser.add_argument_group("training").add_argument
-    add("--mask_rate", type=share, help="share r of a row's tokens to predict")
-    add("--strategy", type=share, nargs=3, default=[0.8, 0.1, 0.1],
+    add("--mask_rate", type=fraction, help="share r of a row's tokens to predict")
+    add("--strategy", type=fraction, nargs=3, default=[0.8, 0.1, 0.1],
         help="shares of [MASK], random and unchanged tokens among these")  # fmt: skip
     add("--seq_len", type=count, help="tokens of a row, <s> and </s> included")
     add("--batch_size", type=count, help="rows of a step, over all processes and micro-batches")
     add("--micro_batch_size", type=count, default=64, help="rows that go through a process at once")
     add("--max_steps", type=count, help="steps of the run, and of its learning-rate schedule")
-    add("--lr", type=share, help="peak learning rate")
-    add("--warmup", type=share, default=0.06, help="share of the steps with a rising rate")
-    add("--weight_decay", type=share, default=0.01, help="AdamW's, on matrices only")
+    add("--lr", type=fraction, help="peak learning rate")
+    add("--warmup", type=fraction, default=0.06, help="share of the steps with a rising rate")
+    add("--weight_decay", type=fraction, default=0.01, help="AdamW's, on matrices only")
     add("--grad_clip", type=float, default=0.0, help="largest norm of the gradient; 0 is off")
     add = parser.add_argument_group("watching and saving").add_argument
     add("--log_every", type=count, default=50, help="steps between lines of the log")
@@ -95,6 +99,7 @@ def parse_flags(argv):
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
         help="torch.compile the training step")  # fmt: skip
 
+    # The defaults depend on --recipe, --init, --out, --eval_only and --fill, which are read first.
     given, _ = parser.parse_known_args([x for x in argv if x not in ("-h", "--help")])
     defaults = RECIPES[given.recipe] | dict(out=f"out/{given.recipe}")
     if given.init:
@@ -128,7 +133,7 @@ def make_optimizer(model, weight_decay):
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, weight_decay=0, fused=True)
 
 
-def corrupted(rows, rate, args, data, seed):
+def corrupt_rows(rows, rate, args, data, seed):
     """Rows (B, n), corrupted by the run's strategy with a generator of this seed."""
     generator = torch.Generator(rows.device).manual_seed(seed)
     ids = dict(vocab_size=data.vocab_size, mask_id=data.mask_id)
@@ -138,7 +143,7 @@ def corrupted(rows, rate, args, data, seed):
 def step_batch(data, args, step, device):
     """The corrupted rows of a step, of all processes: each makes them all and uses its share."""
     rows = data.batch(step, args.batch_size, args.seq_len, args.seed).to(device)
-    return corrupted(rows, args.mask_rate, args, data, seed_of(args.seed, 2, step))
+    return corrupt_rows(rows, args.mask_rate, args, data, seed_of(args.seed, 2, step))
 
 
 def rows_of(batch, start, stop, device):
@@ -147,24 +152,24 @@ def rows_of(batch, start, stop, device):
 
 
 def backward(model, batch, args, step, machine, scaler):
-    """Gradients of the batch's mean loss. This process does its share of the rows in micro-batches,
-    and DDP averages over processes. Returns the share's mean loss in nats."""
-    share, k = args.batch_size // machine.world, batch.predict.size(1)
-    start, end, total = machine.rank * share, (machine.rank + 1) * share, 0.0
+    """Gradients of the batch's mean loss. This process does its part of the rows in micro-batches,
+    and DDP averages over processes. Returns its part's mean loss in nats."""
+    rows, k = args.batch_size // machine.world, batch.predict.size(1)  # rows of this process
+    start, end, total = machine.rank * rows, (machine.rank + 1) * rows, 0.0
     for at in range(start, end, args.micro_batch_size):
         torch.manual_seed(seed_of(args.seed, 3, step, at))  # dropout
         stop = min(at + args.micro_batch_size, end)
-        model.require_backward_grad_sync = stop == end  # DDP averages behind the last micro-batch
+        model.require_backward_grad_sync = stop == end  # DDP averages after the last micro-batch
         with machine.autocast():
-            loss = model(rows_of(batch, at, stop, machine.device)).sum() / (share * k)
+            loss = model(rows_of(batch, at, stop, machine.device)).sum() / (rows * k)
         scaler.scale(loss).backward()
         total = total + loss.detach()
     return total
 
 
 def update(model, optimizer, scaler, lr, grad_clip=0.0):
-    """Take an optimizer step. Returns the norm of the gradient before clipping, a tensor. fp16's
-    scaler leaves out a step with an infinite gradient."""
+    """Take an optimizer step, which fp16's scaler leaves out if a gradient is infinite. Returns the
+    norm of the gradient before clipping, a tensor."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)
@@ -234,10 +239,10 @@ def evaluate(model, data, args, machine):
     compare. The first rows, and masks of a fixed seed on the CPU, are the same for all runs and
     devices. All processes share the work."""
     model.eval()
-    rows = range(min(1024, data.n_rows("val", args.seq_len)))
-    rows, entry, size = data.rows("val", rows, args.seq_len), {}, args.micro_batch_size
+    first = range(min(1024, data.n_rows("val", args.seq_len)))
+    rows, entry, size = data.rows("val", first, args.seq_len), {}, args.micro_batch_size
     for suffix, rate in {"": args.mask_rate, "_15": 0.15}.items():
-        batch = corrupted(rows, rate, args, data, seed=0)
+        batch = corrupt_rows(rows, rate, args, data, seed=0)
         nats = torch.zeros(batch.predict.size(1), dtype=torch.float64)  # (k,)
         for at in range(machine.rank * size, len(rows), machine.world * size):
             with machine.autocast():
@@ -329,7 +334,6 @@ class Machine:
                 ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
                 ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
             best = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else best
-        torch.set_float32_matmul_precision("high")
         self.dtype = DTYPES.get(dtype, best)
 
     def autocast(self):
@@ -382,7 +386,7 @@ def run(args, machine):
     if args.compile:
         machine.say("compiling the model; this needs a C compiler, --no-compile does not")
     data, out = open_data(args, machine), Path(args.out)
-    data.n_rows("val", args.seq_len)  # raises UserError before, not behind the training
+    data.n_rows("val", args.seq_len)  # where there is no row, fail now and not after hours
     args.vocab_size = data.vocab_size
     model = make_model(args).to(machine.device)
     optimizer = make_optimizer(model, args.weight_decay)
@@ -394,14 +398,14 @@ def run(args, machine):
         raise UserError(f"--eval_only: there is no ckpt.pt in {out}")
     last = first if args.eval_only else max(first, args.max_steps)
     if machine.world > 1:
-        everyones = [None] * machine.world
-        dist.all_gather_object(everyones, (first, settings))
-        if everyones.count((first, settings)) < machine.world:
+        everywhere = [None] * machine.world
+        dist.all_gather_object(everywhere, (first, settings))
+        if everywhere.count((first, settings)) < machine.world:
             dist.barrier()
             raise UserError("--data and --out differ between processes; they must share a disk")
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     machine.say(f"{size} on {machine.world} x {machine.device}, {machine.dtype}; at step {first:,}")
-    if machine.rank == 0:
+    if machine.rank == 0 and not args.eval_only:
         write_json(out / "config.json", vars(args))
         write(out / "tokenizer.json", (data.directory / "tokenizer.json").read_bytes())
     train(model, optimizer, scaler, data, args, machine, settings, first, last)

@@ -11,7 +11,12 @@ import tempfile
 from pathlib import Path
 
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, losses
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+    losses,
+)
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,7 +36,8 @@ a, b = ["Return the list.", "an array of integers"] * 8, ["Returns a list.", "in
 pairs, folder = Dataset.from_dict({"a": a, "b": b}), tempfile.mkdtemp()
 print("SentenceTransformer", sentences.similarity(*sentences.encode([a[0], b[0]])).item())
 loss = losses.MultipleNegativesRankingLoss(sentences)
-SentenceTransformerTrainer(sentences, train_dataset=pairs, loss=loss).train()
+args = SentenceTransformerTrainingArguments(output_dir=folder)
+SentenceTransformerTrainer(sentences, args, pairs, loss=loss).train()
 sentences.save_pretrained(folder)
 again = SentenceTransformer(folder)
 print("trained, saved, read", again.similarity(*again.encode([a[0], b[0]])).item())
