@@ -242,10 +242,10 @@ def fingerprint(encoder, files):
 
 
 def read_results(path):
-    """The entries of a results.jsonl."""
+    """The entries of a results.jsonl, the lowest score first."""
     with reading(path, "choose another --out"):
         lines = path.read_text().splitlines() if path.exists() else []
-        return [dict(json.loads(line)) for line in lines]
+        return sorted(map(json.loads, lines), key=lambda run: run["score"])
 
 
 def run_task(name, task, args, tokenizer, machine):
@@ -283,8 +283,7 @@ def report(out):
     Of each seed, the best run of the grid counts; over the seeds, the median."""
     summary = {}
     for path in sorted(out.rglob("results.jsonl")):
-        runs = sorted(read_results(path), key=lambda run: run["score"])
-        name = str(path.parent.relative_to(out))
+        runs, name = read_results(path), str(path.parent.relative_to(out))
         best = {run["point"]["seed"]: run for run in runs}  # the last one of each seed
         values = [dict(score=run["score"]) | run["metrics"] for run in best.values()]
         medians = {m: statistics.median(x[m] for x in values) for m in values[0]}

@@ -1014,8 +1014,8 @@ def test_an_interrupted_sweep_makes_each_run_exactly_once(
         runs = [json.loads(line) for line in lines]
         start = encoder_folder if name == "MNLI" else out / "MNLI/hf"
         assert {run["start"] for run in runs} == {str(start)}
-        scores = np.reshape([run["score"] for run in runs], (3, 2))  # seeds, learning rates
-        assert math.isclose(summary["score"], np.median(scores.max(axis=1)))
+        seeds = [[r["score"] for r in runs if r["point"]["seed"] == seed] for seed in (0, 1, 2)]
+        assert math.isclose(summary["score"], np.median([max(scores) for scores in seeds]))
         best = max(runs, key=lambda run: run["score"])["point"]
         config = (out / name / "hf/config.json").read_text()
         assert f"{name} {best}" in config and '"hidden_dropout_prob": 0.1' in config  # Table 5
@@ -1092,15 +1092,17 @@ def rubbish(tmp_path, corpus, encoder_folder, monkeypatch):
     tasks = {"RTE": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n", "head": "text\tlabel\n" + rows,
              "label": head + "a\tx\nb\n", "dev": head + rows, "nan": head + "a\t1.5\nb\tnan\n",
              "none": head + "a\tx\nb\t\n", "float": head + numbers,
-             "json": head + rows}  # fmt: skip
+             "json": head + rows, "list": head + rows}  # fmt: skip
     for name, text in tasks.items():
         Path("glue", name).mkdir(parents=True)
         texts |= {f"glue/{name}/train.tsv": text, f"glue/{name}/dev.tsv": head + "a\tz\n"}
     for name, text in texts.items():
         Path(name).write_text(text)
-    Path("glue/json/dev.tsv").write_text(head + rows)
-    Path("o/json").mkdir(parents=True)
-    Path("o/json/results.jsonl").write_text("[]\n{}\n")
+    for name, text in dict(json="{}\n", list="[]\n").items():
+        Path(f"glue/{name}/dev.tsv").write_text(head + rows)
+        Path(f"o_{name}/{name}").mkdir(parents=True)
+        Path(f"o_{name}/{name}/results.jsonl").write_text(text)
+    Path("run/config.json").write_text("{}")
     Path("latin.txt").write_bytes(b"one\n\ncaf\xe9 two\n")
     Path("short/train.bin").write_bytes(Path("short/train.bin").read_bytes()[:-4])
     Path("meta/meta.json").write_text("{}")
@@ -1135,7 +1137,8 @@ BAD = {
         ("--mask_rate 0", "mask_rate is 0"), ("--strategy 0.8 0.1 0.2", "strategy"),
         ("--out run", "run/ckpt.pt"), ("--max_steps 0", "--max_steps"), ("--n_lay 2", "--n_lay"),
         ("--n_embd 100", "--head_size 64"), ("--eval_only", "n/config.json"),
-        ("--fill a", "n/config.json"), ("--device abacus", "--device"), ("--init evil", "evil/py"),
+        ("--fill a", "n/config.json"), ("--out run --fill a", "run/ckpt.pt"),
+        ("--device abacus", "--device"), ("--init evil", "evil/py"),
     ]),
     ft: ("--init=hf --out=o --glue=glue --task=RTE", [
         ("--glue no --task all", "no:"), ("--task XYZ", "XYZ/train"), ("--max_len 0", "--max_len"),
@@ -1143,7 +1146,8 @@ BAD = {
         ("--task head", "head/train.tsv: "), ("--task dev", "dev/dev.tsv: line 2"),
         ("--task nan --regression", "nan/train.tsv: line 3"), ("--task none", "none/train.tsv"),
         ("--task float", "--regression"), ("--init words", "words: "), ("--lr x", "--lr"),
-        ("--task json", "o/json/results.jsonl"),
+        ("--task json --out o_json", "json/results.jsonl"),
+        ("--task list --out o_list", "list/results.jsonl"),
     ]),
 }  # fmt: skip
 CASES = [(module, usual, *case) for module, (usual, cases) in BAD.items() for case in cases]

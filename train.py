@@ -259,8 +259,9 @@ def evaluate(model, data, args, machine):
 @torch.no_grad()
 def fill(args):
     """Print the five likeliest words for each <mask> of a text, by the run in --out."""
+    state = load_checkpoint(args.out)["model"]
     model = make_model(args).eval()
-    model.load_state_dict(load_checkpoint(args.out)["model"])
+    model.load_state_dict(state)
     tokenizer, _ = load_tokenizer(Path(args.out, "tokenizer.json"))
     tokenizer.encode_special_tokens = False  # here "<mask>" is no plain text
     tokens = torch.tensor([tokenizer.encode(args.fill).ids])  # (1, n)
@@ -269,9 +270,8 @@ def fill(args):
     if not masked.numel() or tokens.numel() > args.n_positions:
         raise UserError(f"--fill: give one <mask> or more, in at most {args.n_positions} tokens")
     batch = Corrupted(tokens, kept, masked, predict=masked, labels=masked, n_replaced=0)
-    for shares in model.logits(batch)[0].softmax(-1):  # (V,)
-        best = shares.topk(5).indices
-        print("  ".join(f"{tokenizer.decode([i])!r} {shares[i]:.1%}" for i in best))
+    for p in model.logits(batch)[0].softmax(-1):  # (V,)
+        print("  ".join(f"{tokenizer.decode([i])!r} {p[i]:.1%}" for i in p.topk(5).indices))
 
 
 def save_checkpoint(out, done, settings, model, optimizer, scaler):
