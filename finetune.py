@@ -102,7 +102,7 @@ FROM_MNLI = ("RTE", "STS-B", "MRPC")  # start from MNLI's model, if --out has on
 # Table 5, and what it has for MNLI, QQP and QNLI
 GRID = dict(seed=range(5), lr=[1e-5, 3e-5, 5e-5, 8e-5], batch_size=[16, 32], epochs=[3, 5, 10])
 LARGE_GRID = GRID | dict(lr=[5e-5, 8e-5], batch_size=[32], epochs=[3, 5])
-AVERAGE = "over tasks, GLUE's being over all eight; a score is the mean of a task's metrics"
+AVERAGE = "GLUE's is over all eight; a task's score is the mean of its metrics, MNLI's of m and mm"
 
 
 def read_table(path):
