@@ -189,11 +189,17 @@ def stop(args):
 
 
 def world(args):
-    """Other numbers of processes give the same losses; so do two torchrun agents."""
+    """Other numbers of processes give the same losses; so do two torchrun agents, which stop where
+    only one has a checkpoint."""
     agent = "--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint localhost:29517"
-    two_nodes = new_folder()
+    two_nodes, log = new_folder(), FOLDER / "disagree.log"
     nodes = [start_until(lambda: True, train(two_nodes, torchrun=agent)) for _ in range(2)]
     ended = [node.wait(200) == 0 for node in nodes]
+    outs = undisturbed(), new_folder()
+    nodes = [start_until(lambda: True, train(out, torchrun=agent), log) for out in outs]
+    stopped = [node.wait(200) != 0 for node in nodes]
+    said = "--data and --out differ between processes" in log.read_text()
+    row("2 agents, one without the checkpoint: stop", 1, all(stopped) and said)
     changing = new_folder()
     for step, command in ((20, train), (40, train_two)):
         process = start_until(lambda s=step: len(log_of(changing)) >= s, command(changing))
