@@ -43,9 +43,9 @@ class Data:
         with reading(directory, "python data.py --input FILES --out DIRECTORY prepares a text"):
             self.meta = json.loads((self.directory / "meta.json").read_text(encoding="utf-8"))
             self.vocab_size, self.mask_id = self.meta["vocab_size"], self.meta["mask_id"]
-            for split, count in self.meta["tokens"].items():
+            for split, length in self.meta["tokens"].items():
                 path = self.directory / f"{split}.bin"
-                self.tokens[split] = np.memmap(path, self.meta["dtype"], "r", shape=(count,))
+                self.tokens[split] = np.memmap(path, self.meta["dtype"], "r", shape=(length,))
 
     def n_rows(self, split, n):
         if not 0 < n - 2 <= len(self.tokens[split]):
@@ -54,9 +54,9 @@ class Data:
 
     def rows(self, split, indices, n):
         """The rows of a sequence of indices, (B, n) int64."""
-        count, rows = self.n_rows(split, n), np.empty((len(indices), n), np.int64)
+        N, rows = self.n_rows(split, n), np.empty((len(indices), n), np.int64)
         rows[:, 0], rows[:, -1] = BOS, EOS
-        rows[:, 1:-1] = self.tokens[split][: count * (n - 2)].reshape(count, n - 2)[indices]
+        rows[:, 1:-1] = self.tokens[split][: N * (n - 2)].reshape(N, n - 2)[indices]
         return torch.from_numpy(rows)
 
     def batch(self, step, batch_size, n, seed):
@@ -181,7 +181,7 @@ def train_bpe(texts, vocab_size, path):
 
 def load_tokenizer(path):
     """(tokenizers.Tokenizer, V) of a tokenizer.json with RoBERTa's special tokens; V is the largest
-    id + 1. In a text, "<s>" or "<mask>" is plain text to a BPE. Raises UserError."""
+    id + 1. "<s>" or "<mask>" in a text is encoded as plain text. Raises UserError."""
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers has no other type

@@ -9,8 +9,8 @@
 For each seed the best run of the grid counts, by the task's score; then the median over the seeds.
 A finished run is a line of OUT/TASK/results.jsonl, so the same command resumes after the last one.
 OUT/TASK/hf is the task's best model, OUT/results.json the summary of all tasks, OUT/predictions
-what the leaderboard wants. Tasks may run side by side, one process a GPU, but MNLI before the three
-tasks that start from its model.
+what the leaderboard wants. Tasks may run side by side, one process per GPU, but MNLI before the
+three tasks that start from its model.
 
 A task of your own is a folder with train.tsv, dev.tsv and, for --predict, test.tsv: tab-separated,
 with the columns sentence1, label and, for pairs, sentence2 named in line 1. GLUE is not downloaded.
@@ -49,7 +49,7 @@ def f1(p, y):
 
 
 def pearson(p, y):
-    """Of the numbers of two classes, this is Matthews' correlation."""
+    """For classes 0 and 1, this is Matthews' correlation."""
     p, y = p - p.mean(), y - y.mean()
     norm = np.sqrt((p**2).sum() * (y**2).sum())
     return float((p * y).sum() / norm) if norm > 0 else 0.0
@@ -173,11 +173,12 @@ def batches_of(examples, batch_size, rng):
 
 
 @torch.no_grad()
-def predict(model, examples, machine, batch_size=64):
+def predict(model, examples, machine):
     """Logits (number of examples, C) as an array, in the order of the examples."""
     model.eval()
     logits = np.empty((len(examples), len(model.labels)))
-    for batch in batches_of(examples, batch_size, np.random.default_rng(0)):
+    batches = batches_of(examples, 64, np.random.default_rng(0))
+    for batch in tqdm(batches, "predicting", disable=None, leave=False):
         tokens, mask = pad([examples[i] for i in batch], machine.device)
         with machine.autocast():
             logits[batch] = model(tokens, mask).float().cpu().numpy()
@@ -260,7 +261,8 @@ def run_task(name, task, args, tokenizer, machine):
     files, splits = [Path(args.glue, name, file) for file in ("train.tsv", *task.dev)], []
     crc = fingerprint(encoder, [*files, Path(args.init, "tokenizer.json")])
     settings = [crc, args.max_len, args.regression]
-    runs, path = read_results(out / "results.jsonl"), out / "results.jsonl"
+    path = out / "results.jsonl"
+    runs = read_results(path)
     if any(settings != run.get("settings") for run in runs):
         what = "another encoder, other texts, --max_len or --regression"
         raise UserError(f"{path}: its runs had {what}; choose another --out")
@@ -301,8 +303,8 @@ def write_predictions(name, task, args, tokenizer, machine):
     names of the classes or a number (for STS-B from 0 to 5)."""
     _, model = load_pretrained(Path(args.out, name, "hf"), len(task.classes))
     model.to(machine.device)
-    for answers, test in (task.tests or {name: "test.tsv"}).items():
-        path, answers = Path(args.glue, name, test), Path(args.out, "predictions", f"{answers}.tsv")
+    for title, test in (task.tests or {name: "test.tsv"}).items():
+        path = Path(args.glue, name, test)
         if not path.exists():
             print(f"{path}: missing, not predicted")
             continue
@@ -312,8 +314,8 @@ def write_predictions(name, task, args, tokenizer, machine):
         if len(task.classes) == 1:
             scores = logits[:, 0].clip(0, 5) if name == "STS-B" else logits[:, 0]
             predictions = [f"{x:.3f}" for x in scores]
-        rows = [f"{i}\t{x}\n" for i, x in enumerate(predictions)]
-        write(answers, "".join(["index\tprediction\n", *rows]).encode())
+        rows = ["index\tprediction\n"] + [f"{i}\t{x}\n" for i, x in enumerate(predictions)]
+        write(Path(args.out, "predictions", f"{title}.tsv"), "".join(rows).encode())
 
 
 @command

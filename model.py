@@ -49,7 +49,7 @@ class Corrupted(NamedTuple):
     masked: torch.Tensor  # (B, n_m) positions that are [MASK], ascending
     predict: torch.Tensor  # (B, k) positions of masked, replaced, unchanged, each ascending
     labels: torch.Tensor  # (B, k) the original tokens there
-    n_replaced: int  # predict has first n_m masked positions, then n_replaced replaced ones
+    n_replaced: int  # after the n_m masked positions in predict come n_replaced replaced ones
 
 
 def counts(n, rate, strategy=(0.8, 0.1, 0.1)):
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 
 
 def take_visible(x, batch):
-    """x, in batch.kept's order -> the states of replaced and unchanged tokens (B, k - n_m, d)."""
+    """x, the kept tokens' states first -> those of replaced and unchanged ones (B, k - n_m, d)."""
     positions = batch.predict[:, batch.masked.size(1) :].contiguous()  # as searchsorted wants it
     index = torch.searchsorted(batch.kept, positions)  # kept is ascending
     return x.take_along_dim(index.unsqueeze(-1), dim=1)
@@ -247,8 +247,8 @@ class MaskedLM(nn.Module):
         if self.config.decoder == "none":
             latents = self.encoder(batch.inputs)  # (B, n, d_en)
         else:
-            visible = batch.inputs.gather(1, batch.kept)  # (B, n_en): mask later
-            latents = self.encoder(visible, batch.kept)  # (B, n_en, d_en)
+            tokens = batch.inputs.gather(1, batch.kept)  # (B, n_en): mask later
+            latents = self.encoder(tokens, batch.kept)  # (B, n_en, d_en)
         states = self.decoder(latents, batch)  # (B, k, d_en)
         return F.linear(self.head_ln(F.gelu(states)), self.encoder.tok.weight, self.head_bias)
 
@@ -261,8 +261,8 @@ class MaskedLM(nn.Module):
 
 # ---- Fine-tuning ----
 class Classifier(nn.Module):
-    """The encoder and RoBERTa's head on <s>, which starts as PyTorch has it, as in fairseq. One
-    class is a regression."""
+    """The encoder and RoBERTa's head on <s>, with PyTorch's default initialization, as in fairseq.
+    One class means regression."""
 
     def __init__(self, config, n_classes):
         super().__init__()
@@ -335,7 +335,7 @@ def save_pretrained(model, directory, tokenizer_file=None):
         weights |= zip(names, (part.float().cpu().clone() for part in p.chunk(len(names))))
     if isinstance(model, Classifier):
         settings["id2label"] = dict(enumerate(model.labels))
-        settings["label2id"] = {label: i for i, label in enumerate(model.labels)}
+        settings["label2id"] = dict(zip(model.labels, settings["id2label"]))
     if tokenizer_file is not None:
         write(directory / "tokenizer.json", Path(tokenizer_file).read_bytes())
         tokenizer_config = dict(
@@ -395,7 +395,7 @@ def read_weights(directory):
 # ---- Files ----
 @contextmanager
 def reading(path, advice="is it the right file?"):
-    """Turns what a broken or foreign file raises into a UserError; lack of memory is none."""
+    """Turns what a broken or foreign file raises into a UserError; a MemoryError stays one."""
     try:
         yield
     except MemoryError:
@@ -406,7 +406,7 @@ def reading(path, advice="is it the right file?"):
 
 @contextmanager
 def atomic(path):
-    """Open a file to write bytes. It gets its name when all is on disk, and else is removed."""
+    """Open a file to write bytes. It gets its name when all is on disk; otherwise it is removed."""
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -229,6 +229,7 @@ def test_decoders_are_figure_2s(decoder, norm):
     """Written down for one row, in which every token is in its own place."""
     net, batch = model_of(decoder=decoder, norm=norm), random_batch()
     en, d = net.encoder, net.decoder
+    assert all(block.norm_first == (norm == "pre") for block in d.transformer.layers)
     en.drop = d.drop = nn.Tanh()  # which shows where the dropout is
     logits = net.logits(batch)
     for r in range(4):
@@ -271,8 +272,6 @@ def test_parameters_are_counted_by_hand(decoder, l, d):
         expected += d * e + e + e + P * e + 2 * (attention_e + mlp_e) + final * e + e * d + d
     expected += 2 * attention_e if decoder == "cross" else 0
     assert sum(p.numel() for p in net.parameters()) == expected
-    millions = {"none": (125, 355), "self": (128, 362), "cross": (130, 365)}[decoder]
-    assert round(expected / 1e6) == millions[l == 24]
 
 
 def test_weights_start_at_their_scales():
@@ -332,10 +331,10 @@ def test_prepared_tokens_are_the_documents(doc, limit, tmp_path, monkeypatch, ca
     """In the order of the files, which have Windows line ends, a byte order mark, very many blank
     lines, and lines longer than what is read at once. Every third document is for validation."""
     monkeypatch.setattr(data, "LIMIT", limit)
+    in_parts = limit < 10
     for i, text in enumerate(TEXTS):
-        ends = "\r\r\n" if limit > 7 else "\n"
-        text = "\ufeff" * (i == 0) + text.replace("\n", ends) + f"{ends}\n \n" + "\n" * 200_000
-        (tmp_path / f"[{i}].txt").write_bytes(text.encode())
+        text = (text + "\n \n").replace("\n", "\n" if in_parts else "\r\n") + "\n" * 200_000
+        (tmp_path / f"[{i}].txt").write_bytes(text.encode("utf-8" if i else "utf-8-sig"))
     files = f"{tmp_path}/[0].txt {tmp_path}/*[1-9]?.txt"  # a name with brackets, and a glob
     argv = f"--input {files} --doc {doc} --out {tmp_path}/out --vocab_size 300".split()
     data.main(argv)
@@ -343,7 +342,7 @@ def test_prepared_tokens_are_the_documents(doc, limit, tmp_path, monkeypatch, ca
     expected = "\n".join(TEXTS).split("\n") if doc == "line" else TEXTS
     assert documents(d, "val") == expected[::3]
     assert documents(d, "train") == [text for i, text in enumerate(expected) if i % 3]
-    if limit > 7:  # the tokens of lines are those of whole documents
+    if not in_parts:  # the tokens of lines are those of whole documents
         tokenizer, _ = data.load_tokenizer(tmp_path / "out/tokenizer.json")
         whole = [[*tokenizer.encode(x, add_special_tokens=False).ids, m.EOS] for x in expected[::3]]
         assert d.tokens["val"].tolist() == sum(whole, [])
@@ -452,7 +451,7 @@ def arguments(corpus, out, **changes):
         max_steps=4, micro_batch_size=8, eval_every=2, save_every=1, log_every=1,
         device="cpu", dtype="fp32")  # fmt: skip
     given = {k: v if isinstance(v, tuple) else [v] for k, v in (flags | changes).items()}
-    return [x for k, v in given.items() for x in (f"--{k}", *map(str, v))]
+    return ["--no-compile", *(x for k, v in given.items() for x in (f"--{k}", *map(str, v)))]
 
 
 def log_of(out):
@@ -492,7 +491,7 @@ def test_division_of_work_changes_nothing(decoder, dropout, corpus, tmp_path):
 def test_a_resumed_run_ends_as_if_uninterrupted(decoder, dtype, corpus, tmp_path, monkeypatch):
     """From each of its checkpoints: the same state to the last bit, and the same log."""
     changes = dict(decoder=decoder, max_steps=7, dropout=0.1, save_every=2, dtype=dtype)
-    changes |= dict(strategy=(0, 0.5, 0.5)) if decoder == "none" else {}
+    changes |= dict(strategy=(0, 0.5, 0.5)) if decoder == "none" else {}  # no [MASK] at all
     save, whole = train.save_checkpoint, tmp_path / "whole"
 
     def save_and_copy(out, done, *state):
@@ -522,7 +521,8 @@ def test_a_finished_run_is_evaluated_and_not_changed(corpus, tmp_path, capsys):
         assert (tmp_path / "hf/model.safetensors").exists()
         last = log_of(tmp_path)[-1]
         assert math.isclose(last["val_loss"], entries[-1]["val_loss"], rel_tol=1e-5)
-        assert last["step"] == 4 and "true" not in (tmp_path / "config.json").read_text()
+        assert last["step"] == 4
+        assert json.loads((tmp_path / "config.json").read_text())["eval_only"] is False
     other = dict(lr=0.5, decoder="cross", batch_size=4, strategy=(1, 0, 0), seed=1, mask_rate=0.4)
     other["data"] = prepared(tmp_path, tokenizer=corpus / "tokenizer.json").directory
     for field, value in other.items():
@@ -545,7 +545,6 @@ def test_validation_is_the_mean_of_its_tokens(corpus, tmp_path):
     train.main(arguments(corpus, tmp_path, **changes))
     d, net, entry = data.Data(corpus), trained(tmp_path), log_of(tmp_path)[-1]
     rows = d.rows("val", range(d.n_rows("val", 16)), 16)
-    assert len(rows) % 7  # the last micro-batch is smaller
     for tag, rate in (("_15", 0.15), ("", 0.5)):
         masks = torch.Generator().manual_seed(0)
         batch = corrupt(rows, rate, strategy, vocab_size=300, mask_id=299, generator=masks)
@@ -558,7 +557,7 @@ def test_validation_is_the_mean_of_its_tokens(corpus, tmp_path):
 
 
 def test_recipes_are_table_4(capsys):
-    """Table 4's values, Adam's settings, weight decay on matrices alone, and the schedule."""
+    """Table 4's values, 125K steps from Table 3, --help, Adam, weight decay, and the schedule."""
     table = dict(
         n_layer=(24, 12), n_embd=(1024, 768), head_size=(64, 64), n_layer_dec=(2, 2),
         n_embd_dec=(None, None), dropout=(0.1, 0.1), norm=("pre", None), seq_len=(128, 512),
@@ -579,11 +578,10 @@ def test_recipes_are_table_4(capsys):
     assert adam == (torch.optim.AdamW, (0.9, 0.98), 1e-6)
     schedule = np.interp(np.arange(100), [-1, 9, 10, 100], [0, 1, 1, 0])
     assert np.allclose([train.lr_at(s, 1.0, 0.1, 100) for s in range(100)], schedule)
-    assert train.lr_at(0, 1.0, 0.0, 100) == 1.0
 
 
 def test_init_starts_from_a_published_encoder(corpus, tmp_path, capsys):
-    source = model_of(vocab_size=300, n_positions=40, norm="pre")
+    source = model_of(vocab_size=300, n_positions=40, norm="post")  # tiny is pre-LN
     m.save_pretrained(source, tmp_path / "hf")
     argv = arguments(corpus, tmp_path / "out", init=tmp_path / "hf", lr=0, max_steps=1)
     refused(capsys, "no flags of its shape", train.main, argv)
@@ -623,14 +621,15 @@ def test_seed_and_step_decide_all_that_is_random(corpus, tmp_path):
     """Initial weights, masks, and dropout, which the micro-batch decides too. Rows: see data.py."""
     d, one, rows = data.Data(corpus), train.Machine("cpu", "fp32"), random_rows(8, 16)
     args = train.parse_flags(arguments(corpus, tmp_path, dropout=0.1, micro_batch_size=4))
-    args.vocab_size, d.batch, seen = d.vocab_size, lambda *_: rows, []
+    args.vocab_size, d.batch = d.vocab_size, lambda *_: rows
     other = Namespace(**vars(args) | dict(seed=1))
     net, batch = train.make_model(args), train.step_batch(d, args, 0, "cpu")
     assert not equal(net.state_dict(), train.make_model(other).state_dict())
     for changed in (train.step_batch(d, other, 0, "cpu"), train.step_batch(d, args, 1, "cpu")):
         assert not equal(batch.labels, changed.labels) and not equal(batch.masked, changed.masked)
     same = Corrupted(*(torch.cat([x[:4], x[:4]]) for x in batch[:-1]), batch.n_replaced)
-    net.register_forward_hook(lambda _, args, out: seen.append(out.detach()))
+    seen = []
+    net.register_forward_hook(lambda _, inputs, losses: seen.append(losses.detach()))
     for flags, step in ((args, 0), (args, 0), (args, 1), (other, 0)):
         train.backward(net, same, flags, step, one, one.scaler())
     assert equal(seen[0], seen[2]) and equal(seen[1], seen[3])
@@ -652,6 +651,7 @@ def test_divergence_stops_before_anything_is_saved(step, corpus, tmp_path, monke
     refused(capsys, "step 4: diverged", train.main, arguments(corpus, tmp_path, **changes))
     assert torch.load(tmp_path / "ckpt.pt")["step"] == 2
     train.main(arguments(corpus, tmp_path / "fp16", dtype="fp16", **changes))
+    assert torch.load(tmp_path / "fp16/ckpt.pt")["step"] == 4
 
 
 # ------------------------------------------------------------------------------------ finetune.py
@@ -722,7 +722,8 @@ def test_readers_of_all_tasks(name, tmp_path):
     with pytest.raises(UserError, match=f"line {1 + bool(head)}: .* label must be"):
         ft.read_split(path, task)
     path.write_text("index\tsentence\n0\thi\n")  # CoLA's test file has a header, its others none
-    assert name != "CoLA" or ft.read_split(path, task, labelled=False)[0] == [("hi",)]
+    if name == "CoLA":
+        assert ft.read_split(path, task, labelled=False)[0] == [("hi",)]
 
 
 @pytest.fixture(scope="session")
@@ -737,9 +738,8 @@ def test_a_run_of_a_task_starts_from_the_encoder_and_can_be_repeated(encoder_fol
     split, (config, encoder) = (ids, np.arange(64) % 2 * 5.0), m.load_pretrained(encoder_folder)
     points = [dict(lr=lr, batch_size=8, epochs=10, seed=0) for lr in (2e-3, 2e-3, 0.0)]
     task, one = ft.TASKS["STS-B"], train.Machine("cpu", "fp32")
-    (a, net), (_, same), (_, start) = (
-        ft.run_once("", task, [split, split], encoder, config, point, one) for point in points
-    )
+    runs = [ft.run_once("", task, [split, split], encoder, config, p, one) for p in points]
+    (a, net), (_, same), (_, start) = runs
     assert a["score"] > 0.85 and equal(net.state_dict(), same.state_dict())
     assert equal(start.encoder.state_dict(), encoder.state_dict())
     alone = [ft.predict(net, [x], one)[0] for x in ids]  # without padding
@@ -755,6 +755,7 @@ def test_a_tiny_encoder_learns_a_task_of_ones_own(encoder_folder, tmp_path, caps
         answers[part] = rng.choice(["no", "yes"], 120)
         texts = [f"{rng.choice(WORDS)} {dict(no='bad', yes='good')[y]} end" for y in answers[part]]
         lines = [f"{y}\t{text}\n" for y, text in zip(answers[part], texts)]
+        lines.append(f"no\tbad{' end' * 200}\n")  # longer than the encoder can take
         (folder / f"{part}.tsv").write_text("label\tsentence1\n" + "".join(lines))
     other, out = shutil.copytree(encoder_folder, tmp_path / "hf"), tmp_path / "out"
     argv = f"--task=mine --glue={tmp_path}/tasks --init={other} --out={out} --batch_size=8".split()
@@ -763,7 +764,7 @@ def test_a_tiny_encoder_learns_a_task_of_ones_own(encoder_folder, tmp_path, caps
     summary = json.loads((out / "results.json").read_text())["summary"]["mine"]
     assert summary == dict(score=1.0, acc=1.0, seeds=1, collapsed=1)
     lines = ["index\tprediction", *(f"{i}\t{y}" for i, y in enumerate(answers["test"]))]
-    assert (out / "predictions/mine.tsv").read_text().splitlines() == lines
+    assert (out / "predictions/mine.tsv").read_text().splitlines()[:-1] == lines
     refused(capsys, "choose another --out", ft.main, [*argv, "--max_len=16"])
     (folder / "train.tsv").write_text((folder / "train.tsv").read_text().replace("yes\t", "aye\t"))
     refused(capsys, "choose another --out", ft.main, argv)
@@ -785,14 +786,15 @@ def test_an_interrupted_sweep_makes_each_run_exactly_once(encoder_folder, tmp_pa
             raise KeyboardInterrupt
         run, model = real(title, *rest)
         made.append(title)
-        model.head_out.bias.data += 9 * title.startswith("STS-B")  # beyond the largest score
+        if title.startswith("STS-B"):
+            model.head_out.bias.data += 9  # beyond the largest score
         model.labels = [title, *model.labels[1:]]  # config.json then names the run
         return run, model
 
     monkeypatch.setattr(ft, "run_once", interrupted)
     argv = ["--task=all", f"--glue={glue}", f"--init={encoder_folder}", f"--out={out}", "--predict"]
     argv += "--lr 1e-3 2e-3 --epochs 1 --seed 0 1 2".split()
-    while not (out / "results.json").exists():
+    for _ in range(6):  # 12 runs, and at most two between interruptions
         with suppress(SystemExit):
             ft.main(argv)
     assert len(made) == len(set(made)) == 2 * 3 * 2 < len(calls)
@@ -834,7 +836,6 @@ def test_fine_tuning_follows_table_5(monkeypatch):
         points, table = ft.grid(name, args), large if name in ("QQP", "MNLI", "QNLI") else small
         assert len(points) == 5 * math.prod(map(len, table.values()))
         assert {x: {point[x] for point in points} for x in table} == table
-    assert ft.FROM_MNLI == ("RTE", "STS-B", "MRPC")
 
 
 # ------------------------------------------------------------------------ bad input, all commands
@@ -853,16 +854,15 @@ BAD = {
     data: ("--input=ok.txt --out=n", [
         ("--input none.txt", "none.txt"), ("--input empty.txt", "empty.txt: 0 doc"),
         ("--input latin.txt", "latin.txt: cannot"), ("--input one.txt", "one.txt: 1 document"),
-        ("--out ok.txt/o", "ok"), ("--vocab_size 3", "vocab_size 3: must be at least"),
+        ("--out ok.txt/o", "ok.txt/o"), ("--vocab_size 3", "vocab_size 3: must be at least"),
         ("--tokenizer words.json", "words.json: loses some characters"),
     ]),
     train: ("--data=data --out=n --seq_len=16 --max_steps=1 --device=cpu --n_layer=1", [
         ("--data no", "no/meta.json"), ("--data short", "short: cannot be read"),
         ("--seq_len 5000", "has no row of 5000"), ("--n_positions 8", "--seq_len 16"),
-        ("--lr -1", "--lr"), ("--max_steps 0", "--max_steps"), ("--out o", "o/ckpt.pt"),
-        ("--init bert", "bert/config.json"), ("--init evil", "evil/py"),
-        ("--mask_rate 0", "mask_rate is 0"), ("--strategy 0.8 0.1 0.2", "strategy"),
-        ("--n_embd 100", "--head_size 64"), ("--eval_only", "n/config.json"),
+        ("--lr -1", "--lr"), ("--out o", "o/ckpt.pt"), ("--eval_only", "n/config.json"),
+        ("--init bert", "bert/config.json"), ("--init evil", "evil/py"), ("--mask_rate 0", "is 0"),
+        ("--strategy 0.8 0.1 0.2", "strategy"), ("--n_embd 100", "--head_size 64"),
     ]),
     ft: ("--init=hf --out=n --glue=. --task=RTE", [
         ("--glue no --task all", "no:"), ("--task XYZ", "XYZ/train"), ("--init small", "small: "),

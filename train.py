@@ -1,17 +1,17 @@
 """Pre-train 3ML, or vanilla MLM for comparison, on the tokens that data.py has prepared.
 
-    torchrun train.py                            tiny: minutes on two CPU cores, with its own data
+    torchrun train.py                   minutes on two CPU cores; it prepares its own small corpus
     torchrun train.py --decoder none --mask_rate 0.15 --out out/vanilla     vanilla MLM, to compare
     torchrun --nproc_per_node 8 train.py --recipe efficient-large --data data/mine
     python train.py --out out/tiny --eval_only   evaluate a run's checkpoint and export it again
     python train.py --out out/tiny --fill "Return the <mask> of a list."    the likeliest words
 
 The same command resumes a run, however it was interrupted: at most --save_every steps are done
-again, and on a CPU it ends bit for bit as if undisturbed. A run leaves in --out ckpt.pt (all that
-resuming needs), log.jsonl, config.json, tokenizer.json, and hf/ (the encoder, for finetune.py and
-transformers; vanilla MLM's has its head). Rows and masks are a function of (seed, step, row),
-dropout of (seed, step, first row of the micro-batch), so the number of processes changes nothing
-but the order of sums. `python train.py` works like torchrun. This file does not shard a model."""
+again, and on a CPU it ends bit for bit as if undisturbed. A run leaves in --out ckpt.pt, log.jsonl,
+config.json, tokenizer.json, and hf/ (the encoder, for finetune.py and transformers; vanilla MLM's
+has its head). Rows and masks are a function of (seed, step, row), dropout of (seed, step, first row
+of the micro-batch). So the number of processes changes only the order of sums; with dropout, if
+--micro_batch_size divides each one's rows. `python train.py` works too. Models are not sharded."""
 
 import argparse
 import ctypes
@@ -35,7 +35,7 @@ from data import main as prepare_default_data
 from model import DECODERS, Corrupted, MaskedLM, ModelConfig, UserError, atomic, corrupt, counts
 from model import load_pretrained, reading, save_pretrained, write, write_json
 
-RECIPES = {  # Table 4's, and one of ours for a first look
+RECIPES = {  # one for a first look, and Table 4's two (longer-base with 125K steps, as in Table 3)
     "tiny": dict(n_layer=3, n_embd=256, n_layer_dec=1, norm="pre", dropout=0.0, mask_rate=0.5,
                  seq_len=32, batch_size=32, max_steps=4500, lr=7e-4),
     "efficient-large": dict(n_layer=24, n_embd=1024, norm="pre", mask_rate=0.5, seq_len=128,
@@ -43,7 +43,7 @@ RECIPES = {  # Table 4's, and one of ours for a first look
     "longer-base": dict(n_layer=12, n_embd=768, mask_rate=0.4, seq_len=512, batch_size=2048,
                         max_steps=125_000, lr=7e-4),
 }  # fmt: skip
-# Flags that may differ when a run is resumed. All others, and the data, must be the same.
+# Flags that may differ when a run is resumed; of --data, only the path, not what is in it.
 MAY_DIFFER = (
     "recipe", "data", "out", "max_steps", "grad_clip", "micro_batch_size", "log_every",
     "eval_every", "save_every", "device", "dtype", "compile", "eval_only", "fill",
@@ -55,7 +55,7 @@ def parse_flags(argv):
     for --eval_only and --fill, all are those of the run in --out."""
     parser = make_parser(__doc__)
     add = parser.add_argument_group("run").add_argument
-    add("--recipe", choices=RECIPES, default="tiny", help="defaults: tiny, or one of Table 4's")
+    add("--recipe", choices=RECIPES, default="tiny", help="what the other flags default to")
     add("--data", default="data/python-docs", help="folder that data.py has prepared")
     add("--out", help="folder of the run; default: out/RECIPE")
     add("--init", help="Hugging Face folder of a RoBERTa, to start from its encoder")
@@ -70,15 +70,10 @@ def parse_flags(argv):
     add("--n_layer_dec", type=count, default=2, help="layers of the decoder")
     add("--n_embd_dec", type=count, help="width of the decoder; None: half of n_embd")
     add("--norm", choices=("post", "pre"), help="LayerNorm; None: pre for cross, else post")
-    add(
-        "--dropout",
-        type=fraction,
-        default=0.1,
-        help="dropout of hidden states and attention weights",
-    )
+    add("--dropout", type=fraction, default=0.1, help="of hidden states and attention weights")
     add("--n_positions", type=count, help="longest row the model can take; None: seq_len")
     add = parser.add_argument_group("training").add_argument
-    add("--mask_rate", type=fraction, help="share r of a row's tokens to predict")
+    add("--mask_rate", type=fraction, help="share of a row's tokens to predict")
     add("--strategy", type=fraction, nargs=3, default=[0.8, 0.1, 0.1],
         help="shares of [MASK], random and unchanged tokens among these")  # fmt: skip
     add("--seq_len", type=count, help="tokens of a row, <s> and </s> included")
@@ -236,8 +231,8 @@ def write_log(entry, args, machine):
 def evaluate(model, data, args, machine):
     """Validation losses in nats, and perplexities of all tokens and of each kind, as an entry of
     the log: at the run's own masking rate, and at 15% ("_15"), since different rates do not
-    compare. The first rows, and masks of a fixed seed on the CPU, are the same for all runs and
-    devices. All processes share the work."""
+    compare. The first 1,024 rows, with masks of a fixed seed drawn on the CPU, are the same for all
+    runs and devices. All processes share the work."""
     model.eval()
     first = range(min(1024, data.n_rows("val", args.seq_len)))
     rows, entry, size = data.rows("val", first, args.seq_len), {}, args.micro_batch_size
@@ -263,7 +258,7 @@ def fill(args):
     model = make_model(args).eval()
     model.load_state_dict(state)
     tokenizer, _ = load_tokenizer(Path(args.out, "tokenizer.json"))
-    tokenizer.encode_special_tokens = False  # here "<mask>" is no plain text
+    tokenizer.encode_special_tokens = False  # here "<mask>" is not plain text
     tokens = torch.tensor([tokenizer.encode(args.fill).ids])  # (1, n)
     is_mask = tokens[0] == tokenizer.token_to_id("<mask>")
     kept, masked = (~is_mask).nonzero().T, is_mask.nonzero().T  # (1, n_en), (1, n_m)
@@ -298,7 +293,8 @@ def resume(out, settings, model, optimizer, scaler):
     old = state.get("settings", {})  # another program's file has none
     for name in settings | old:
         if settings.get(name) != old.get(name):
-            raise UserError(f"{out}: its run has {name} {old.get(name)}, not {settings.get(name)}")
+            what = f"its run has {name} {old.get(name)}, not {settings.get(name)}"
+            raise UserError(f"{out}: {what}; give its flags and data, or choose another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty without fp16
