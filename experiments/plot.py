@@ -10,6 +10,7 @@ training."""
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -36,7 +37,10 @@ def read_run(folder):
     # no FLOPs where no formula is known for a decoder
     work = 3 * args.batch_size * (flops.forward(config, args.seq_len, n_m, k) or np.nan)
     entries, step, seconds, tokens = [], 0, 0.0, args.batch_size * args.seq_len
-    lines = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
+    lines = []
+    for line in (Path(folder) / "log.jsonl").read_text().splitlines():
+        with suppress(json.JSONDecodeError):  # a full disk leaves a part of a line
+            lines.append(json.loads(line))
     # Steps that were done again after an interruption are in the log twice: the last ones count.
     log = {(entry["step"], "val_loss" in entry): entry for entry in lines}
     for _, entry in sorted(log.items()):
