@@ -8,9 +8,9 @@
 --epochs and --seed take several values, which make a grid; --sweep is Table 5's, with five seeds.
 For each seed the best run of the grid counts, by the task's score; then the median over the seeds.
 A finished run is a line of OUT/TASK/results.jsonl, so the same command resumes after the last one.
-OUT/TASK/hf is the task's best model, OUT/results.json the summary of all tasks, OUT/predictions
-what the leaderboard wants. Tasks may run side by side, one process per GPU, but MNLI before the
-three tasks that start from its model.
+OUT/TASK/hf is the task's best model, OUT/results.json the summary of all tasks ("collapsed" runs
+give one answer for all examples), OUT/predictions what the leaderboard wants. Tasks may run side
+by side, one process per GPU, but MNLI before the three tasks that start from its model.
 
 A task of your own is a folder with train.tsv, dev.tsv and, for --predict, test.tsv: tab-separated,
 with the columns sentence1, label and, for pairs, sentence2 named in line 1. GLUE is not downloaded.

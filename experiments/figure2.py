@@ -1,8 +1,7 @@
 """Draws experiments/figure2.svg, our Figure 2: one sentence through vanilla MLM, 3MLself and
 3MLcross.
 
-python experiments/figure2.py
-"""
+    python experiments/figure2.py"""
 
 from pathlib import Path
 
