@@ -9,8 +9,8 @@ whole numbers of tokens of a real batch, and is torch's FlopCounterMode exactly.
 
 Where the paper's print and its own sums disagree, this file follows the sums: phi_out is printed
 2n^2d, but 8nd^2 + 4n^2d needs 2nd^2; Eq. 4's last term belongs inside the bracket of 2bu(...), as
-in Eq. 2 and 3; and in "n_de = 0.8nr and n_de = (1 - 0.8r)n" the second is n_en. Table 3 has 1.00 for
-vanilla MLM at 40%; Eq. 2 gives 0.96, since it predicts more."""
+in Eq. 2 and 3; and in "n_de = 0.8nr and n_de = (1 - 0.8r)n" the second is n_en. Table 3 has 1.00
+for vanilla MLM at 40%; Eq. 2 gives 0.96, since it predicts more."""
 
 
 def msa(n, d):
