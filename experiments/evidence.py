@@ -40,6 +40,7 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     "six/vanilla-50.0": V50,
     "six/self-50.0": "",
     "six/self-50.1": "",
+    "six/self-50, equal FLOPs.0": "--max_steps 6138",
     **{f"six/vanilla-15, half, lr {lr}.0": f"{V15} {HALF} --lr {lr}" for lr in (5e-4, 1e-3, 2e-3)},
     **{f"six/self-50, half, lr {lr}.0": f"{HALF} --lr {lr}" for lr in (5e-4, 1e-3, 2e-3)},
     **{f"tiny/vanilla-15.{seed}": V15 for seed in range(3)},
