@@ -37,6 +37,7 @@ SETTINGS = {
 }
 RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     "six/vanilla-15.0": V15,
+    "six/vanilla-15.1": V15,
     "six/vanilla-50.0": V50,
     "six/self-50.0": "",
     "six/self-50.1": "",
@@ -52,7 +53,8 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     "tiny/self-40.0": "--mask_rate 0.4",
     "tiny/cross-50.0": "--decoder cross",
 }
-COLOURS = {"vanilla-15": "tab:blue", "vanilla-50": "tab:purple", "self-50": "tab:red"}
+COLOURS = {"vanilla-15": "tab:blue", "vanilla-50": "tab:purple", "self-50": "tab:red",
+           "self-50, equal FLOPs": "tab:orange"}  # fmt: skip
 
 
 def flags_of(name):
