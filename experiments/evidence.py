@@ -120,7 +120,7 @@ def draw(kinds):
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("masked perplexity at 15%")
-    panels[0].legend(loc="lower left", fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(HERE / "evidence/study.svg")
 
 
