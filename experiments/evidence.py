@@ -39,6 +39,7 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     "six/vanilla-15.0": V15,
     "six/vanilla-15.1": V15,
     "six/vanilla-50.0": V50,
+    "six/vanilla-50.1": V50,
     "six/self-50.0": "",
     "six/self-50.1": "",
     "six/self-50, equal FLOPs.0": "--max_steps 6138",
