@@ -2,11 +2,12 @@
 
     python experiments/evidence.py --jobs 2               runs what is not yet there, two at a time
     python experiments/evidence.py --only six/self-50.1   one run, if its log is not yet there
-    python experiments/evidence.py --draw                 only the figure and the tables
+    python experiments/evidence.py --draw                 only the figures and the tables
 
-A run is train.py with the flags of its setting and its own, on one core; its log is kept as
-experiments/evidence/SETTING/NAME.jsonl. An interrupted run resumes. The figure, and the tables
-between their marks in experiments/README.md, are made from these logs and nothing else."""
+A run is train.py or, in glue/, finetune.py with the flags of its setting and its own, on one core;
+its log is kept as experiments/evidence/SETTING/NAME.jsonl. An interrupted run resumes. The figures,
+and the tables between their marks in experiments/README.md, are made from these logs and nothing
+else. The settings english and glue need the files that ../shared/data/README.md describes."""
 
 import argparse
 import json
@@ -17,7 +18,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,31 +30,35 @@ import train  # noqa: E402
 from model import counts  # noqa: E402
 
 HERE = ROOT / "experiments"
-V15, V40, V50 = (f"--decoder none --mask_rate {rate}" for rate in (0.15, 0.4, 0.5))
+V15, V25, V40, V50, V60 = (f"--decoder none --mask_rate 0.{rate}" for rate in (15, 25, 4, 5, 6))
 HALF = "--max_steps 2250 --eval_every 250"
 SETTINGS = {
     "six": "--n_layer 6 --n_layer_dec 2 --seq_len 64 --lr 2e-3 --log_every 100",
-    "tiny": "--log_every 100",
+    "english": "--data data/english --n_layer 6 --n_layer_dec 2 --seq_len 64 --lr 2e-3",
+    "tiny": "--n_layer_dec 2 --log_every 100",
 }
 RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
-    "six/vanilla-15.0": V15,
-    "six/vanilla-15.1": V15,
-    "six/vanilla-50.0": V50,
-    "six/vanilla-50.1": V50,
-    "six/self-50.0": "",
-    "six/self-50.1": "",
+    **{f"six/vanilla-15.{seed}": V15 for seed in range(3)},
+    **{f"six/vanilla-50.{seed}": V50 for seed in range(3)},
+    **{f"six/self-50.{seed}": "" for seed in range(3)},
     "six/self-50, equal FLOPs.0": "--max_steps 6138",
     **{f"six/vanilla-15, half, lr {lr}.0": f"{V15} {HALF} --lr {lr}" for lr in (5e-4, 1e-3, 2e-3)},
     **{f"six/self-50, half, lr {lr}.0": f"{HALF} --lr {lr}" for lr in (5e-4, 1e-3, 2e-3)},
+    "english/random.0": "--max_steps 1 --lr 0",
+    "english/vanilla-15.0": f"{V15} --max_steps 4635",
+    "english/vanilla-50.0": f"{V50} --max_steps 4310",
+    "english/self-50.0": "--max_steps 6000",
     **{f"tiny/vanilla-15.{seed}": V15 for seed in range(3)},
-    **{f"tiny/self-50.{seed}": "" for seed in range(3)},
     "tiny/vanilla-15, lr 1.4e-3.0": f"{V15} --lr 1.4e-3",
-    "tiny/self-50, lr 1.4e-3.0": "--lr 1.4e-3",
     "tiny/vanilla-40.0": V40,
     "tiny/vanilla-50.0": V50,
-    "tiny/self-40.0": "--mask_rate 0.4",
-    "tiny/cross-50.0": "--decoder cross",
+    **{f"tiny/self-50, 1 layer.{seed}": "--n_layer_dec 1" for seed in range(3)},
+    "tiny/self-50, 1 layer, lr 1.4e-3.0": "--n_layer_dec 1 --lr 1.4e-3",
+    "tiny/self-40, 1 layer.0": "--n_layer_dec 1 --mask_rate 0.4",
+    "tiny/cross-50, 1 layer.0": "--n_layer_dec 1 --decoder cross",
 }
+TASKS = {"CoLA": 3, "SST-2": 1, "STS-B": 3, "QQP": 1, "MNLI": 1}  # and their epochs
+KINDS = ("random", "vanilla-15", "vanilla-50", "self-50")
 COLOURS = {"vanilla-15": "tab:blue", "vanilla-50": "tab:purple", "self-50": "tab:red",
            "self-50, equal FLOPs": "tab:orange"}  # fmt: skip
 
@@ -63,45 +68,62 @@ def flags_of(name):
     return [*SETTINGS[setting].split(), "--seed", kind.rpartition(".")[2], *RUNS[name].split()]
 
 
-def run(name):
-    """One run, if its log is not there yet."""
-    kept, out = HERE / f"evidence/{name}.jsonl", ROOT / "out/evidence" / name
+def start(argv, log, kept):
+    """A script with its flags, if its log is not kept yet; then keep it."""
     if not kept.exists():
-        argv = [sys.executable, ROOT / "train.py", "--out", out, *flags_of(name)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        argv = [sys.executable, *argv]
         subprocess.run(argv, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text((out / "log.jsonl").read_text())
-        print(name, "done", flush=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(log.read_text())
+        print(kept, "done", flush=True)
 
 
-def step_flops(name):
-    """Forward FLOPs of a row, through the model of a run."""
+def pretrain(name):
+    out = ROOT / "out/evidence" / name
+    kept = HERE / f"evidence/{name}.jsonl"
+    start(["train.py", "--out", out, *flags_of(name)], out / "log.jsonl", kept)
+
+
+def fine_tune(kind, task, glue):
+    out = ROOT / "out/evidence/glue" / kind
+    argv = ["finetune.py", "--task", task, "--glue", glue, "--out", out, "--lr", "1e-3"]
+    argv += ["--init", ROOT / f"out/evidence/english/{kind}.0/hf", "--seed", "0", "1", "2"]
+    argv += ["--epochs", str(TASKS[task])]
+    start(argv, out / task / "results.jsonl", HERE / f"evidence/glue/{kind}/{task}.jsonl")
+
+
+def cost(name):
+    """(forward FLOPs of a row, rows of a step, tokens of a row, steps) of a run."""
     args = train.parse_flags(flags_of(name))
-    args.vocab_size = 2048
+    args.vocab_size = 4096 if name.startswith("english") else 2048
     k, n_m, _ = counts(args.seq_len, args.mask_rate, args.strategy)
-    return flops.forward(train.make_model(args).config, args.seq_len, n_m, k)
+    forward = flops.forward(train.make_model(args).config, args.seq_len, n_m, k)
+    return forward, args.batch_size, args.seq_len, args.max_steps
 
 
 def curves(setting):
     """{kind: its runs in a setting}, of each seed an array with a row an evaluation: FLOPs (1 is
-    vanilla-15's whole run), minutes, masked perplexity at 15%, and at the run's own rate. Minutes
-    are at the speed that a twentieth of the log exceeds, since other jobs slow the rest."""
-    kinds, base = {}, 4500 * step_flops(f"{setting}/vanilla-15.0")
+    vanilla-15's whole run), minutes, masked perplexity at 15%, and at the run's own rate that of
+    [MASK]s, of replaced and of unchanged tokens. Minutes are at the speed that a twentieth of the
+    log exceeds, since other jobs slow the rest."""
+    kinds, (forward, _, _, steps) = {}, cost(f"{setting}/vanilla-15.0")
+    whole = forward * steps
     for name in RUNS:
         path = HERE / f"evidence/{name}.jsonl"
         if name.startswith(setting) and path.exists():
             log = [json.loads(line) for line in path.read_text().splitlines()]
-            args = train.parse_flags(flags_of(name))
+            forward, batch_size, n, _ = cost(name)
             speeds = [x["tokens_per_s"] for x in log if "loss" in x] or [math.nan]
-            minutes = args.batch_size * args.seq_len / np.percentile(speeds, 95) / 60
-            cost = step_flops(name) / base
+            minutes = batch_size * n / np.percentile(speeds, 95) / 60
             rows = [
-                (x["step"] * cost, x["step"] * minutes, x["ppl_masked_15"], x["ppl_masked"])
+                [x["step"] * forward / whole, x["step"] * minutes]
+                + [x[f"ppl_{key}"] for key in ("masked_15", "masked", "replaced", "unchanged")]
                 for x in log
                 if "val_loss" in x
             ]
-            kinds.setdefault(name.split("/")[1].rpartition(".")[0], []).append(np.array(rows))
+            kind = name.split("/")[1].rpartition(".")[0]
+            kinds.setdefault(kind, []).append(np.array(rows, dtype=float))  # None becomes nan
     return kinds
 
 
@@ -109,7 +131,7 @@ def draw(kinds):
     """Masked perplexity at 15% against FLOPs and minutes; bands from the least to the greatest."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for kind in [kind for kind in COLOURS if kind in kinds]:
-        runs = np.array(kinds[kind])  # (seeds, evaluations, 4)
+        runs = np.array(kinds[kind])  # (seeds, evaluations, 6)
         for panel, x in zip(panels, runs.mean(0).T):
             y = runs[:, :, 2]
             label = f"{kind} ({len(runs)} seed{'s' * (len(runs) > 1)})"
@@ -126,13 +148,30 @@ def draw(kinds):
 
 
 def table(kinds):
-    """Each kind of run: its cost, and its masked perplexities at the end, of every seed."""
-    rows = ["| run | FLOPs | minutes | masked perplexity at 15%, by seed | at its own rate, mean |",
-            "|---|---|---|---|---|"]  # fmt: skip
+    """Each kind of run: its cost, and its perplexities at the end; at 15%, of every seed."""
+    rows = ["| run | FLOPs | minutes | masked perplexity at 15%, by seed | at its own rate: masked "
+            "| replaced | unchanged |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for kind, runs in kinds.items():
-        cost, minutes = (np.nanmean([x[-1, i] for x in runs]) for i in (0, 1))
-        seeds, own = ", ".join(f"{x[-1, 2]:.1f}" for x in runs), mean(x[-1, 3] for x in runs)
-        rows.append(f"| {kind} | {cost:.2f} | {minutes:.0f} | {seeds} | {own:.1f} |")
+        ends = np.array([run[-1] for run in runs])  # (seeds, 6)
+        work, minutes = np.nanmean(ends[:, :2], axis=0)  # a log may lack its speeds
+        seeds = ", ".join(f"{x:.1f}" for x in ends[:, 2])
+        own = " | ".join("" if math.isnan(x) else f"{x:.1f}" for x in ends[:, 3:].mean(0))
+        rows.append(f"| {kind} | {work:.2f} | {minutes:.0f} | {seeds} | {own} |")
+    return "\n".join(rows)
+
+
+def glue_table():
+    """Fine-tuned scores, in percent: the median of the seeds, and the least and greatest."""
+    rows = [f"| encoder | {' | '.join(TASKS)} | mean |", "|---" * (len(TASKS) + 2) + "|"]
+    for kind in KINDS:
+        cells, medians = [], []
+        for path in [HERE / f"evidence/glue/{kind}/{task}.jsonl" for task in TASKS]:
+            if path.exists():
+                runs = [json.loads(line)["score"] * 100 for line in path.read_text().splitlines()]
+                medians.append(median(runs))
+                cells.append(f"{medians[-1]:.1f} ({min(runs):.1f}-{max(runs):.1f})")
+        if len(cells) == len(TASKS):
+            rows.append(f"| {kind} | {' | '.join(cells)} | {mean(medians):.1f} |")
     return "\n".join(rows)
 
 
@@ -141,19 +180,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
+    parser.add_argument("--glue", help="folder with GLUE's: fine-tune the encoders of english")
     parser.add_argument("--draw", action="store_true", help="run nothing")
     args = parser.parse_args()
-    if not args.draw:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(run, args.only))
-    path = HERE / "README.md"
-    text = path.read_text()
+    jobs = [] if args.draw or args.glue else [(pretrain, name) for name in args.only]
+    if args.glue:
+        jobs = [(fine_tune, kind, task, args.glue) for task in TASKS for kind in KINDS]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for running in [pool.submit(*job) for job in jobs]:
+            running.result()
+    tables = dict(glue=glue_table())
     for setting in SETTINGS:
         kinds = curves(setting)
+        tables[setting] = table(kinds)
         if setting == "six":
             draw(kinds)
-        marks = rf"(?<=<!-- {setting} -->\n).*?(?=\n<!-- end of {setting} -->)"
-        text = re.sub(marks, table(kinds), text, flags=re.S)
+    path = HERE / "README.md"
+    text = path.read_text()
+    for name, rows in tables.items():
+        marks = rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end of {name} -->)"
+        text = re.sub(marks, rows, text, flags=re.S)
     path.write_text(text)
 
 
