@@ -47,10 +47,9 @@ def read_run(folder):
         if "tokens_per_s" in entry:
             seconds += (entry["step"] - step) * tokens / entry["tokens_per_s"]
             step = entry["step"]
-        entry |= dict(
-            steps=entry["step"], tokens=entry["step"] * tokens, FLOPs=entry["step"] * work
-        )
-        entries.append(entry | dict(seconds=seconds))
+        done = entry["step"]
+        costs = dict(steps=done, tokens=done * tokens, FLOPs=done * work, seconds=seconds)
+        entries.append(entry | costs)
     return entries
 
 
@@ -73,25 +72,18 @@ def draw(panel, runs, key, x, unigram):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", help="folders of runs")
-    parser.add_argument("--file", default="plot.svg", help="picture to write (default: plot.svg)")
-    parser.add_argument(
-        "--show", nargs="+", choices=SHOW, default=list(SHOW), help="default: all three"
-    )
-    parser.add_argument(
-        "--against", nargs="+", choices=AGAINST, default=AGAINST, help="default: all four"
-    )
-    parser.add_argument(
-        "--unigram", type=float, help="perplexity of word frequencies alone: a dashed line"
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("runs", nargs="+", help="folders of runs")
+    add("--file", default="plot.svg", help="picture to write (default: plot.svg)")
+    add("--show", nargs="+", choices=SHOW, default=list(SHOW), help="default: all three")
+    add("--against", nargs="+", choices=AGAINST, default=AGAINST, help="default: all four")
+    add("--unigram", type=float, help="perplexity of word frequencies alone: a dashed line")
     args = parser.parse_args()
     runs = {folder: read_run(folder) for folder in args.runs}
-    figure = plt.figure(
-        figsize=(3.6 * len(args.against) + 1, 2.8 * len(args.show)), layout="constrained"
-    )
+    size = 3.6 * len(args.against) + 1, 2.8 * len(args.show)
+    figure = plt.figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(args.show), len(args.against), squeeze=False)
     for (i, j), panel in np.ndenumerate(panels):
         draw(panel, runs, args.show[i], args.against[j], args.unigram)
