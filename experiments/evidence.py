@@ -4,10 +4,9 @@
     python experiments/evidence.py --only six/self-50.1   one run, if its log is not yet there
     python experiments/evidence.py --draw                 only the figures and the tables
 
-A run is train.py or, in glue/, finetune.py with the flags of its setting and its own, on one core;
-its log is kept as experiments/evidence/SETTING/NAME.jsonl. An interrupted run resumes. The figures,
-and the tables between their marks in experiments/README.md, are made from these logs and nothing
-else. The settings english and glue need the files that ../shared/data/README.md describes."""
+A run is train.py with the flags of its setting and its own, on one core; its log is kept as
+experiments/evidence/SETTING/NAME.jsonl. An interrupted run resumes. The figures, and the tables
+between their marks in experiments/README.md, are made from these logs and nothing else."""
 
 import argparse
 import json
@@ -18,7 +17,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, median
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,11 +28,10 @@ import train  # noqa: E402
 from model import counts  # noqa: E402
 
 HERE = ROOT / "experiments"
-V15, V25, V40, V50, V60 = (f"--decoder none --mask_rate 0.{rate}" for rate in (15, 25, 4, 5, 6))
+V15, V40, V50 = (f"--decoder none --mask_rate {rate}" for rate in (0.15, 0.4, 0.5))
 HALF = "--max_steps 2250 --eval_every 250"
 SETTINGS = {
     "six": "--n_layer 6 --n_layer_dec 2 --seq_len 64 --lr 2e-3 --log_every 100",
-    "english": "--data data/english --n_layer 6 --n_layer_dec 2 --seq_len 64 --lr 2e-3",
     "tiny": "--n_layer_dec 2 --log_every 100",
 }
 RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
@@ -44,10 +41,6 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     "six/self-50, equal FLOPs.0": "--max_steps 6138",
     **{f"six/vanilla-15, half, lr {lr}.0": f"{V15} {HALF} --lr {lr}" for lr in (5e-4, 1e-3, 2e-3)},
     **{f"six/self-50, half, lr {lr}.0": f"{HALF} --lr {lr}" for lr in (5e-4, 1e-3, 2e-3)},
-    "english/random.0": "--max_steps 1 --lr 0",
-    "english/vanilla-15.0": f"{V15} --max_steps 4635",
-    "english/vanilla-50.0": f"{V50} --max_steps 4310",
-    "english/self-50.0": "--max_steps 6000",
     **{f"tiny/vanilla-15.{seed}": V15 for seed in range(3)},
     "tiny/vanilla-15, lr 1.4e-3.0": f"{V15} --lr 1.4e-3",
     "tiny/vanilla-40.0": V40,
@@ -57,8 +50,6 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     "tiny/self-40, 1 layer.0": "--n_layer_dec 1 --mask_rate 0.4",
     "tiny/cross-50, 1 layer.0": "--n_layer_dec 1 --decoder cross",
 }
-TASKS = {"CoLA": 3, "SST-2": 1, "STS-B": 3, "QQP": 1, "MNLI": 1}  # and their epochs
-KINDS = ("random", "vanilla-15", "vanilla-50", "self-50")
 COLOURS = {"vanilla-15": "tab:blue", "vanilla-50": "tab:purple", "self-50": "tab:red",
            "self-50, equal FLOPs": "tab:orange"}  # fmt: skip
 
@@ -68,35 +59,22 @@ def flags_of(name):
     return [*SETTINGS[setting].split(), "--seed", kind.rpartition(".")[2], *RUNS[name].split()]
 
 
-def start(argv, log, kept):
-    """A script with its flags, if its log is not kept yet; then keep it."""
+def run(name):
+    """One run, if its log is not kept yet."""
+    kept, out = HERE / f"evidence/{name}.jsonl", ROOT / "out/evidence" / name
     if not kept.exists():
+        argv = [sys.executable, ROOT / "train.py", "--out", out, *flags_of(name)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        argv = [sys.executable, *argv]
         subprocess.run(argv, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(log.read_text())
-        print(kept, "done", flush=True)
-
-
-def pretrain(name):
-    out = ROOT / "out/evidence" / name
-    kept = HERE / f"evidence/{name}.jsonl"
-    start(["train.py", "--out", out, *flags_of(name)], out / "log.jsonl", kept)
-
-
-def fine_tune(kind, task, glue):
-    out = ROOT / "out/evidence/glue" / kind
-    argv = ["finetune.py", "--task", task, "--glue", glue, "--out", out, "--lr", "1e-3"]
-    argv += ["--init", ROOT / f"out/evidence/english/{kind}.0/hf", "--seed", "0", "1", "2"]
-    argv += ["--epochs", str(TASKS[task])]
-    start(argv, out / task / "results.jsonl", HERE / f"evidence/glue/{kind}/{task}.jsonl")
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text((out / "log.jsonl").read_text())
+        print(name, "done", flush=True)
 
 
 def cost(name):
     """(forward FLOPs of a row, rows of a step, tokens of a row, steps) of a run."""
     args = train.parse_flags(flags_of(name))
-    args.vocab_size = 4096 if name.startswith("english") else 2048
+    args.vocab_size = 2048
     k, n_m, _ = counts(args.seq_len, args.mask_rate, args.strategy)
     forward = flops.forward(train.make_model(args).config, args.seq_len, n_m, k)
     return forward, args.batch_size, args.seq_len, args.max_steps
@@ -160,46 +138,24 @@ def table(kinds):
     return "\n".join(rows)
 
 
-def glue_table():
-    """Fine-tuned scores, in percent: the median of the seeds, and the least and greatest."""
-    rows = [f"| encoder | {' | '.join(TASKS)} | mean |", "|---" * (len(TASKS) + 2) + "|"]
-    for kind in KINDS:
-        cells, medians = [], []
-        for path in [HERE / f"evidence/glue/{kind}/{task}.jsonl" for task in TASKS]:
-            if path.exists():
-                runs = [json.loads(line)["score"] * 100 for line in path.read_text().splitlines()]
-                medians.append(median(runs))
-                cells.append(f"{medians[-1]:.1f} ({min(runs):.1f}-{max(runs):.1f})")
-        if len(cells) == len(TASKS):
-            rows.append(f"| {kind} | {' | '.join(cells)} | {mean(medians):.1f} |")
-    return "\n".join(rows)
-
-
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
-    parser.add_argument("--glue", help="folder with GLUE's: fine-tune the encoders of english")
     parser.add_argument("--draw", action="store_true", help="run nothing")
     args = parser.parse_args()
-    jobs = [] if args.draw or args.glue else [(pretrain, name) for name in args.only]
-    if args.glue:
-        jobs = [(fine_tune, kind, task, args.glue) for task in TASKS for kind in KINDS]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for running in [pool.submit(*job) for job in jobs]:
-            running.result()
-    tables = dict(glue=glue_table())
-    for setting in SETTINGS:
-        kinds = curves(setting)
-        tables[setting] = table(kinds)
-        if setting == "six":
-            draw(kinds)
+    if not args.draw:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(run, args.only))
     path = HERE / "README.md"
     text = path.read_text()
-    for name, rows in tables.items():
-        marks = rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end of {name} -->)"
-        text = re.sub(marks, rows, text, flags=re.S)
+    for setting in SETTINGS:
+        kinds = curves(setting)
+        if setting == "six":
+            draw(kinds)
+        marks = rf"(?<=<!-- {setting} -->\n).*?(?=\n<!-- end of {setting} -->)"
+        text = re.sub(marks, table(kinds), text, flags=re.S)
     path.write_text(text)
 
 
