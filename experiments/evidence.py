@@ -49,6 +49,7 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     "tiny/self-50, 1 layer, lr 1.4e-3.0": "--n_layer_dec 1 --lr 1.4e-3",
     "tiny/self-40, 1 layer.0": "--n_layer_dec 1 --mask_rate 0.4",
     "tiny/cross-50, 1 layer.0": "--n_layer_dec 1 --decoder cross",
+    "tiny/cross-50.0": "--decoder cross",
 }
 COLOURS = {"vanilla-15": "tab:blue", "vanilla-50": "tab:purple", "self-50": "tab:red",
            "self-50, equal FLOPs": "tab:orange"}  # fmt: skip
