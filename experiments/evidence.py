@@ -38,6 +38,7 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     **{f"six/vanilla-15.{seed}": V15 for seed in range(3)},
     **{f"six/vanilla-50.{seed}": V50 for seed in range(3)},
     **{f"six/self-50.{seed}": "" for seed in range(3)},
+    "six/cross-50.0": "--decoder cross",
     "six/self-50, equal FLOPs.0": "--max_steps 6138",
     **{f"six/vanilla-15, half, lr {lr}.0": f"{V15} {HALF} --lr {lr}" for lr in (5e-4, 1e-3, 2e-3)},
     **{f"six/self-50, half, lr {lr}.0": f"{HALF} --lr {lr}" for lr in (5e-4, 1e-3, 2e-3)},
@@ -52,7 +53,7 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     "tiny/cross-50.0": "--decoder cross",
 }
 COLOURS = {"vanilla-15": "tab:blue", "vanilla-50": "tab:purple", "self-50": "tab:red",
-           "self-50, equal FLOPs": "tab:orange"}  # fmt: skip
+           "self-50, equal FLOPs": "tab:orange", "cross-50": "tab:green"}  # fmt: skip
 
 
 def flags_of(name):
