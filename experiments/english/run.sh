@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Does pre-training on English help at this scale? The README's encoder of "Your own text", trained on to twice its
-# steps, and one with random weights, fine-tuned alike. Some two and a half hours of one core.
+# steps, and one with random weights, fine-tuned alike. Some two and a half hours of one core. The logged runs were made by
+# these commands, one by one.
 #     bash experiments/english/run.sh 'CORPUS_DIR/*.txt' GLUE_DIR TASKS_DIR     TASKS_DIR/mine: see README
 set -euo pipefail
 export OMP_NUM_THREADS=1
@@ -15,3 +16,4 @@ for encoder in mine random; do
   python finetune.py --task QQP --glue "$2" $to --lr 3e-4 --epochs 1
   python finetune.py --task mine --glue "$3" $to --lr 1e-3
 done
+python finetune.py --task SST-2 --glue "$2" --init out/mine/hf --out out/english/mine --lr 1e-4 --epochs 1
