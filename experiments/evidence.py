@@ -6,13 +6,12 @@
 
 A run is train.py with the flags of its setting and its own, on one core; its log is kept as
 experiments/evidence/SETTING/NAME.jsonl. An interrupted run resumes. The figures, and the tables
-between their marks in experiments/README.md, are made from these logs and nothing else."""
+of experiments/evidence/README.md, are made from these logs and nothing else."""
 
 import argparse
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +27,20 @@ import train  # noqa: E402
 from model import counts  # noqa: E402
 
 HERE = ROOT / "experiments"
-V15, V40, V50 = (f"--decoder none --mask_rate {rate}" for rate in (0.15, 0.4, 0.5))
+V15, V50 = "--decoder none --mask_rate 0.15", "--decoder none --mask_rate 0.5"
+RATES = (15, 25, 40, 50, 60)  # percent, of Figures 3 and 5
+CHOICES = {  # Table 2, section 3.3; not named: 2 layers, width 128, 80-10-10, pre-LN
+    "1 layer": "--n_layer_dec 1",
+    "4 layers": "--n_layer_dec 4",
+    "width 64": "--n_embd_dec 64",
+    "width 256": "--n_embd_dec 256",
+    "100-0-0": "--strategy 1 0 0",
+    "80-20-0": "--strategy 0.8 0.2 0",
+    "80-0-20": "--strategy 0.8 0 0.2",
+    "post-LN": "--norm post",
+}
 HALF = "--max_steps 2250 --eval_every 250"
+THRICE = "--decoder cross --max_steps 13500 --eval_every 1500"
 SETTINGS = {
     "six": "--n_layer 6 --n_layer_dec 2 --seq_len 64 --lr 2e-3 --log_every 100",
     "tiny": "--n_layer_dec 2 --log_every 100",
@@ -44,14 +55,26 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     **{f"six/self-50, half, lr {lr}.0": f"{HALF} --lr {lr}" for lr in (5e-4, 1e-3, 2e-3)},
     **{f"tiny/vanilla-15.{seed}": V15 for seed in range(3)},
     "tiny/vanilla-15, lr 1.4e-3.0": f"{V15} --lr 1.4e-3",
-    "tiny/vanilla-40.0": V40,
-    "tiny/vanilla-50.0": V50,
-    **{f"tiny/self-50, 1 layer.{seed}": "--n_layer_dec 1" for seed in range(3)},
+    **{f"tiny/vanilla-{rate}.0": f"--decoder none --mask_rate 0.{rate}" for rate in RATES[1:]},
+    **{f"tiny/self-{rate}.0": f"--mask_rate 0.{rate}" for rate in RATES},
+    **{f"tiny/self-50, {name}.0": flags for name, flags in CHOICES.items()},
+    **{f"tiny/self-50, 1 layer.{seed}": CHOICES["1 layer"] for seed in (1, 2)},
     "tiny/self-50, 1 layer, lr 1.4e-3.0": "--n_layer_dec 1 --lr 1.4e-3",
-    "tiny/self-40, 1 layer.0": "--n_layer_dec 1 --mask_rate 0.4",
-    "tiny/cross-50, 1 layer.0": "--n_layer_dec 1 --decoder cross",
     "tiny/cross-50.0": "--decoder cross",
+    "tiny/cross-50, 1 layer.0": "--decoder cross --n_layer_dec 1",
+    "tiny/cross-50, thrice the steps.0": THRICE,
+    **{
+        f"tiny/cross-50, {name}, thrice the steps.0": f"{THRICE} {CHOICES[name]}"
+        for name in ("100-0-0", "80-20-0", "80-0-20", "post-LN")
+    },
 }
+INTRODUCTION = """# All runs of the study
+
+Written by `python experiments/evidence.py --draw` from the logs beside this file; what follows from
+them is [here](../README.md#does-3ml-keep-its-promise). A name has the decoder (vanilla: none), the
+masking rate in percent, and what else is changed. FLOPs are a share of vanilla-15's in the same
+setting, minutes are on one core, perplexities those of the last evaluation.
+"""
 COLOURS = {"vanilla-15": "tab:blue", "vanilla-50": "tab:purple", "self-50": "tab:red",
            "self-50, equal FLOPs": "tab:orange", "cross-50": "tab:green"}  # fmt: skip
 
@@ -127,6 +150,22 @@ def draw(kinds):
     figure.savefig(HERE / "evidence/study.svg")
 
 
+def draw_rates(kinds):
+    """Masked perplexity at 15% against FLOPs at each masking rate; a point is a run's end."""
+    figure, panel = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for model, colour in (("vanilla", "tab:blue"), ("self", "tab:red")):
+        ends = {rate: kinds[f"{model}-{rate}"][0][-1] for rate in RATES}  # of seed 0
+        panel.plot(*zip(*(end[[0, 2]] for end in ends.values())), ".-", color=colour, label=model)
+        for rate, end in ends.items():
+            panel.annotate(f"{rate}%", end[[0, 2]], (4, 4), textcoords="offset points")
+    panel.set(xlabel="FLOPs (1: vanilla-15's run)", ylabel="masked perplexity at 15%", yscale="log")
+    panel.set_yticks(ticks := [20, 30, 50, 100, 200, 300, 500], ticks)
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(HERE / "evidence/rates.svg")
+
+
 def table(kinds):
     """Each kind of run: its cost, and its perplexities at the end; at 15%, of every seed."""
     rows = ["| run | FLOPs | minutes | masked perplexity at 15%, by seed | at its own rate: masked "
@@ -150,15 +189,15 @@ def main():
     if not args.draw:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(run, args.only))
-    path = HERE / "README.md"
-    text = path.read_text()
+    tables = []
     for setting in SETTINGS:
         kinds = curves(setting)
+        tables.append(f"## {setting}: `{SETTINGS[setting]}`\n\n{table(kinds)}\n")
         if setting == "six":
             draw(kinds)
-        marks = rf"(?<=<!-- {setting} -->\n).*?(?=\n<!-- end of {setting} -->)"
-        text = re.sub(marks, table(kinds), text, flags=re.S)
-    path.write_text(text)
+        else:
+            draw_rates(kinds)
+    (HERE / "evidence/README.md").write_text("\n".join([INTRODUCTION, *tables]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How the matrices of linear layers should start: the first command (tiny) with other scales than model.py's, one core
-# each; with model.py's own, it is the run self-50.0 of ../evidence.py. From the repository's root:
+# each; with model.py's own, they are self-50, 1 layer, and vanilla-50 of ../evidence.py. From the repository's root:
 #     bash experiments/init/run.sh NAME    NAME: bert small vanilla-bert
 # It keeps the evaluations of each run in experiments/init/NAME.jsonl.
 set -euo pipefail
@@ -11,7 +11,7 @@ case $name in
     linear='(2 \/ (5 * min(module.weight.shape))) ** 0.5' attention='(2 \/ (5 * module.embed_dim)) ** 0.5' ;;
 esac
 flags=''
-[[ $name == vanilla-* ]] && flags='--decoder none --mask_rate 0.15'
+[[ $name == vanilla-* ]] && flags='--decoder none --mask_rate 0.5'
 work=$(mktemp -d)
 cp ./*.py "$work"
 sed -i "s/0.02 \* (768 \/ module.in_features) \*\* 0.5/$linear/; s/0.02 \* (768 \/ module.embed_dim) \*\* 0.5/$attention/" "$work/model.py"
