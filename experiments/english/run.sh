@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does pre-training on English help at this scale? The README's encoder of "Your own text", trained on to twice its
 # steps, and one with random weights, fine-tuned alike. Some two and a half hours of one core. The logged runs were made by
-# these commands, one by one.
+# these commands, one by one, with other names of folders (out/mine was out/pilot).
 #     bash experiments/english/run.sh 'CORPUS_DIR/*.txt' GLUE_DIR TASKS_DIR     TASKS_DIR/mine: see README
 set -euo pipefail
 export OMP_NUM_THREADS=1
