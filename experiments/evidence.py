@@ -49,6 +49,9 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     **{f"six/vanilla-15.{seed}": V15 for seed in range(3)},
     **{f"six/vanilla-50.{seed}": V50 for seed in range(3)},
     **{f"six/self-50.{seed}": "" for seed in range(3)},
+    "six/self-50, width 256.0": CHOICES["width 256"],
+    "six/self-50, 80-0-20.0": CHOICES["80-0-20"],
+    "six/vanilla-50, 80-0-20.0": f"{V50} {CHOICES['80-0-20']}",
     "six/cross-50.0": "--decoder cross",
     "six/self-50, equal FLOPs.0": "--max_steps 6138",
     **{f"six/vanilla-15, half, lr {lr}.0": f"{V15} {HALF} --lr {lr}" for lr in (5e-4, 1e-3, 2e-3)},
@@ -66,8 +69,12 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     "tiny/cross-50, 1 layer.0": "--decoder cross --n_layer_dec 1",
     "tiny/cross-50, thrice the steps.0": THRICE,
     **{
+        f"tiny/cross-{rate}, thrice the steps.0": f"{THRICE} --mask_rate 0.{rate}"
+        for rate in (25, 40)
+    },
+    **{
         f"tiny/cross-50, {name}, thrice the steps.0": f"{THRICE} {CHOICES[name]}"
-        for name in ("100-0-0", "post-LN")
+        for name in ("100-0-0", "80-20-0", "80-0-20", "width 256", "post-LN")
     },
 }
 INTRODUCTION = """# All runs of the study
@@ -76,8 +83,8 @@ Written by `python experiments/evidence.py --draw` from the logs beside this fil
 them is [here](../README.md#does-3ml-keep-its-promise). A name has the decoder (vanilla: none), the
 masking rate in percent, and what else is changed. FLOPs are a share of vanilla-15's in the same
 setting, perplexities those of the last evaluation. Minutes are on one core, in part of a machine
-that was half as fast: those of tiny do not compare. Of tiny, vanilla-15, -40 and -50 with 80-10-10,
-one layer, and lr 1.4e-3 are of versions whose Transformer layers were written by hand (the same
+that was half as fast: those of tiny do not compare. Of tiny, vanilla-15 and -50 with 80-10-10, one
+layer, and lr 1.4e-3 are of versions whose Transformer layers were written by hand (the same
 function).
 """
 COLOURS = {"vanilla-15": "tab:blue", "vanilla-50": "tab:purple", "self-50": "tab:red",
