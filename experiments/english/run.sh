@@ -14,6 +14,7 @@ for encoder in mine random; do
   to="--init out/$encoder/hf --out out/english/$encoder"
   python finetune.py --task SST-2 --glue "$2" $to --lr 3e-4 --epochs 1
   python finetune.py --task QQP --glue "$2" $to --lr 3e-4 --epochs 1
+  python finetune.py --task STS-B --glue "$2" $to --lr 3e-4
   python finetune.py --task mine --glue "$3" $to --lr 1e-3
 done
 python finetune.py --task SST-2 --glue "$2" --init out/mine/hf --out out/english/mine --lr 1e-4 --epochs 1
