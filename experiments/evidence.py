@@ -85,7 +85,8 @@ layer, and lr 1.4e-3 are of versions whose Transformer layers were written by ha
 function).
 """
 COLOURS = {"vanilla-15": "tab:blue", "vanilla-50": "tab:purple", "self-50": "tab:red",
-           "self-50, equal FLOPs": "tab:orange", "cross-50": "tab:green"}  # fmt: skip
+           "self-50, equal FLOPs": "tab:orange", "self-50, width 256": "tab:brown",
+           "cross-50": "tab:green"}  # fmt: skip
 
 
 def flags_of(name):
