@@ -68,6 +68,7 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     "tiny/cross-50.0": "--decoder cross",
     "tiny/cross-50, 1 layer.0": "--decoder cross --n_layer_dec 1",
     "tiny/cross-50, thrice the steps.0": THRICE,
+    "tiny/cross-25, thrice the steps.0": f"{THRICE} --mask_rate 0.25",
     "tiny/cross-40, thrice the steps.0": f"{THRICE} --mask_rate 0.4",
     **{
         f"tiny/cross-50, {name}, thrice the steps.0": f"{THRICE} {CHOICES[name]}"
