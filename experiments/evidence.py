@@ -164,13 +164,14 @@ def draw(kinds):
 def draw_rates(kinds):
     """Masked perplexity at 15% against FLOPs at each masking rate; a point is a run's end."""
     figure, panel = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for model, colour in (("vanilla", "tab:blue"), ("self", "tab:red")):
+    for model, colour, shift in (("vanilla", "tab:blue", (-24, -13)), ("self", "tab:red", (2, 7))):
         ends = {rate: kinds[f"{model}-{rate}"][0][-1] for rate in RATES}  # of seed 0
         panel.plot(*zip(*(end[[0, 2]] for end in ends.values())), ".-", color=colour, label=model)
         for rate, end in ends.items():
-            panel.annotate(f"{rate}%", end[[0, 2]], (4, 4), textcoords="offset points")
+            panel.annotate(f"{rate}%", end[[0, 2]], shift, textcoords="offset points", c=colour)
     panel.set(xlabel="FLOPs (1: vanilla-15's run)", ylabel="masked perplexity at 15%", yscale="log")
-    panel.set_yticks(ticks := [20, 30, 50, 100, 200, 300, 500], ticks)
+    panel.set_ylim(15, 600)
+    panel.set_yticks(ticks := [15, 20, 30, 50, 100, 200, 300, 500], ticks)
     panel.minorticks_off()
     panel.grid(alpha=0.3)
     panel.legend()
