@@ -22,5 +22,9 @@ for encoder in random self-50; do
   finetune $encoder QQP "$2" --lr 3e-4 --epochs 1
   finetune $encoder mine "$3" --lr 1e-3
 done
+for encoder in random self-50 vanilla-40; do
+  finetune $encoder CoLA "$2" --lr 1e-4
+  finetune $encoder STS-B "$2" --lr 1e-4
+done
 finetune self-50 SST-2 "$2" --lr 1e-4 --epochs 1
 finetune self-50 STS-B "$2" --lr 1e-4 --epochs 10
