@@ -13,7 +13,7 @@ $train --out out/vanilla-40 --decoder none --mask_rate 0.4 --max_steps 9000
 $train --out out/vanilla-15 --decoder none --mask_rate 0.15 --max_steps 9000
 $train --out out/random --max_steps 1 --lr 0
 finetune() { python finetune.py --task "$2" --glue "$3" --init "out/$1/hf" --out "out/english/$1" "${@:4}"; }
-# vanilla-15's logged runs have seed 0 only
+# of vanilla-15, seeds 0 and 1 of STS-B and 0 of CoLA are logged, and no SST-2
 for encoder in random self-50 vanilla-40 vanilla-15; do
   finetune $encoder STS-B "$2" --lr 3e-4 --seed 0 1 2
   finetune $encoder CoLA "$2" --lr 3e-4 --seed 0 1 2
