@@ -67,9 +67,7 @@ RUNS = {  # setting/name: flags. The number behind the last dot is the seed.
     "tiny/self-50, 1 layer, lr 1.4e-3.0": "--n_layer_dec 1 --lr 1.4e-3",
     "tiny/cross-50.0": "--decoder cross",
     "tiny/cross-50, 1 layer.0": "--decoder cross --n_layer_dec 1",
-    "tiny/cross-50, thrice the steps.0": THRICE,
-    "tiny/cross-25, thrice the steps.0": f"{THRICE} --mask_rate 0.25",
-    "tiny/cross-40, thrice the steps.0": f"{THRICE} --mask_rate 0.4",
+    **{f"tiny/cross-{r}, thrice the steps.0": f"{THRICE} --mask_rate 0.{r}" for r in RATES},
     **{
         f"tiny/cross-50, {name}, thrice the steps.0": f"{THRICE} {CHOICES[name]}"
         for name in ("100-0-0", "80-20-0", "80-0-20", "width 256", "post-LN")

@@ -12,20 +12,20 @@ $train --out out/self-50 --max_steps 12000
 $train --out out/vanilla-40 --decoder none --mask_rate 0.4 --max_steps 9000
 $train --out out/vanilla-15 --decoder none --mask_rate 0.15 --max_steps 9000
 $train --out out/random --max_steps 1 --lr 0
-finetune() { python finetune.py --task "$2" --glue "$3" --init "out/$1/hf" --out "out/english/$1" "${@:4}"; }
-# of vanilla-15, seeds 0 and 1 of STS-B and 0 of CoLA are logged, and no SST-2
+finetune() { python finetune.py --task "$2" --glue "$3" --init "out/$1/hf" --out "out/english/$1" --lr 3e-4 "${@:4}"; }
 for encoder in random self-50 vanilla-40 vanilla-15; do
-  finetune $encoder STS-B "$2" --lr 3e-4 --seed 0 1 2
-  finetune $encoder CoLA "$2" --lr 3e-4 --seed 0 1 2
-  finetune $encoder SST-2 "$2" --lr 3e-4 --epochs 1
-done
-for encoder in random self-50; do
-  finetune $encoder QQP "$2" --lr 3e-4 --epochs 1
-  finetune $encoder mine "$3" --lr 1e-3
+  finetune $encoder STS-B "$2" --seed 0 1 2
+  finetune $encoder CoLA "$2" --seed 0 1 2
+  finetune $encoder SST-2 "$2" --seed 0 1 2 --epochs 1
+  finetune $encoder QQP "$2" --seed 0 1 2 --epochs 1
+  finetune $encoder MNLI "$2" --seed 0 1 2 --epochs 1 --out "out/english/MNLI/$encoder"  # STS-B does not start from it
 done
 for encoder in random self-50 vanilla-40; do
   finetune $encoder CoLA "$2" --lr 1e-4
   finetune $encoder STS-B "$2" --lr 1e-4
 done
+for encoder in random self-50; do
+  finetune $encoder mine "$3" --lr 1e-3
+  finetune $encoder STS-B "$2" --lr 1e-4 --epochs 10
+done
 finetune self-50 SST-2 "$2" --lr 1e-4 --epochs 1
-finetune self-50 STS-B "$2" --lr 1e-4 --epochs 10
