@@ -24,8 +24,9 @@ for encoder in random self-50 vanilla-40; do
   finetune $encoder CoLA "$2" --lr 1e-4
   finetune $encoder STS-B "$2" --lr 1e-4
 done
-for encoder in random self-50; do
-  finetune $encoder mine "$3" --lr 1e-3
-  finetune $encoder STS-B "$2" --lr 1e-4 --epochs 10
+for encoder in random self-50 vanilla-40 vanilla-15; do
+  finetune $encoder STS-B "$2" --lr 1e-4 --epochs 10 --seed 0 1
 done
+finetune random mine "$3" --lr 1e-3
+finetune self-50 mine "$3" --lr 1e-3
 finetune self-50 SST-2 "$2" --lr 1e-4 --epochs 1
