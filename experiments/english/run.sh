@@ -25,7 +25,7 @@ for encoder in random self-50 vanilla-40; do
   finetune $encoder STS-B "$2" --lr 1e-4
 done
 for encoder in random self-50 vanilla-40 vanilla-15; do
-  finetune $encoder STS-B "$2" --lr 1e-4 --epochs 10 --seed 0 1
+  finetune $encoder STS-B "$2" --lr 1e-4 --epochs 10 --seed 0 1 2
 done
 finetune random mine "$3" --lr 1e-3
 finetune self-50 mine "$3" --lr 1e-3
