@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does pre-training on English help at this scale, and which kind of it? 3MLself-50% (the README's encoder of "Your own text",
-# trained on to twice its steps) and vanilla MLM in about as many minutes, then fine-tuned beside random weights. Some eleven
+# trained on to twice its steps) and vanilla MLM in about as many minutes, then fine-tuned beside random weights. Some fifteen
 # hours of one core. The logged runs were made by these commands, one by one, with other names of folders.
 #     bash experiments/english/run.sh 'CORPUS_DIR/*.txt' GLUE_DIR TASKS_DIR     TASKS_DIR/mine: see README
 set -euo pipefail
@@ -24,8 +24,12 @@ for encoder in random self-50 vanilla-40; do
   finetune $encoder CoLA "$2" --lr 1e-4
   finetune $encoder STS-B "$2" --lr 1e-4
 done
-for encoder in random self-50 vanilla-40 vanilla-15; do
+for encoder in random self-50 vanilla-40 vanilla-15; do  # longer; the logged QQP, SST-2 and MNLI have one seed
   finetune $encoder STS-B "$2" --lr 1e-4 --epochs 10 --seed 0 1 2
+  finetune $encoder CoLA "$2" --lr 1e-4 --epochs 10 --seed 0 1 2
+  finetune $encoder QQP "$2" --lr 1e-4 --epochs 5
+  finetune $encoder SST-2 "$2" --lr 1e-4 --epochs 3
+  finetune $encoder MNLI "$2" --lr 1e-4 --epochs 5 --out "out/english/MNLI/$encoder"
 done
 finetune random mine "$3" --lr 1e-3
 finetune self-50 mine "$3" --lr 1e-3
