@@ -41,7 +41,7 @@ class Data:
     def __init__(self, directory):
         self.directory, self.tokens = Path(directory), {}
         with reading(directory, "python data.py --input FILES --out DIRECTORY prepares a text"):
-            self.meta = json.loads((self.directory / "meta.json").read_text(encoding="utf-8"))
+            self.meta = json.loads((self.directory / "meta.json").read_bytes())
             self.vocab_size, self.mask_id = self.meta["vocab_size"], self.meta["mask_id"]
             for split, length in self.meta["tokens"].items():
                 path = self.directory / f"{split}.bin"

@@ -106,11 +106,14 @@ AVERAGE = "GLUE's is over all eight; a task's score is the mean of its metrics, 
 
 
 def read_table(path):
-    """The rows of a tab-separated file, lists of fields. There is no quoting, and only line ends
-    end a line: sentences contain unbalanced quotes, control characters, U+0085 and U+2028."""
-    with reading(path, "it must be a tab-separated file of UTF-8 text"):
-        text = Path(path).read_text(encoding="utf-8-sig")
-    return [line.split("\t") for line in text.removesuffix("\n").split("\n")]
+    """The rows of a tab-separated file, lists of fields. There is no quoting, and only "\\n" ends a
+    line: sentences contain unbalanced quotes, control characters, U+0085 and U+2028."""
+    advice = "it must be a tab-separated file of UTF-8 text"
+    with reading(path, advice), open(path, encoding="utf-8-sig", newline="\n") as f:
+        rows = [line.rstrip("\r\n").split("\t") for line in f]
+    if len(rows) < 2:
+        raise UserError(f"{path}: has fewer than two lines")
+    return rows
 
 
 def read_split(path, task, labelled=True):

@@ -345,7 +345,6 @@ def save_pretrained(model, directory, tokenizer_file=None):
         write_json(directory / "tokenizer_config.json", tokenizer_config)
     write(directory / "model.safetensors", safetensors.torch.save(weights, {"format": "pt"}))
     write_json(directory / "config.json", settings)
-    (directory / "pytorch_model.bin").unlink(missing_ok=True)  # of an older export
 
 
 def load_pretrained(directory, n_classes=None):
@@ -354,7 +353,7 @@ def load_pretrained(directory, n_classes=None):
     UserError, which names what is missing or does not fit."""
     directory = Path(directory)
     with reading(directory / "config.json", "needs a RoBERTa encoder, such as a run's hf/"):
-        hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        hf = json.loads((directory / "config.json").read_bytes())
         config = ModelConfig(
             vocab_size=hf["vocab_size"], n_positions=hf["max_position_embeddings"] - 2,
             n_layer=hf["num_hidden_layers"], n_embd=hf["hidden_size"],

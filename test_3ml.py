@@ -165,7 +165,6 @@ def test_transformers_computes_the_same_states_losses_and_gradients(norm, decode
     (tmp_path / "ours").mkdir()
     torch.save({}, tmp_path / "ours/pytorch_model.bin")  # an old export, which must not win
     m.save_pretrained(net, tmp_path / "ours")
-    assert not (tmp_path / "ours/pytorch_model.bin").exists()
     auto = transformers.AutoModelForMaskedLM if decoder == "none" else transformers.AutoModel
     theirs, info = auto.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert all("pooler" in name for name in info["missing_keys"])
@@ -671,7 +670,7 @@ def test_metrics_are_scipys_and_scikit_learns(n, ties):
         assert name == "acc" or ft.METRICS[name](0 * p, y) == 0  # undefined
 
 
-ODD = ['An "unbalanced quote', "caf\u00e9 \u4f60\u597d\x85next \u2028line", "a \x1c\x0b control"]
+ODD = ['An "unbalanced quote', "caf\u00e9 \u4f60\u597d\x85next \u2028line", "a \x1c\r\x0b control"]
 # From GLUE's pages: each task's metrics, classes in the order of their numbers, the header line of
 # its training file, and a row of it with texts a, b and label y
 PAIR, MNLI = ("entailment", "not_entailment"), ("entailment", "neutral", "contradiction")
@@ -718,7 +717,7 @@ def test_readers_of_all_tasks(name, tmp_path):
         assert len(ft.read_split(path, task)[0]) == 3
     with pytest.raises(UserError, match=f"{path}: line {4 + bool(head)} has 1 fields"):
         ft.read_split(path, task, labelled=name != "QQP")
-    write_task(tmp_path, name, [(*rows[0][:2], "what")])
+    write_task(tmp_path, name, 2 * [(*rows[0][:2], "what")])
     with pytest.raises(UserError, match=f"line {1 + bool(head)}: .* label must be"):
         ft.read_split(path, task)
     path.write_text("index\tsentence\n0\thi\n")  # CoLA's test file has a header, its others none
@@ -846,7 +845,8 @@ FILES = {
     "RTE/train.tsv": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n", "RTE/dev.tsv": "",
     "head/train.tsv": "text\tlabel\na\tx\nb\ty\n", "head/dev.tsv": "", "nan/dev.tsv": "",
     "dev/train.tsv": "sentence1\tlabel\na\tx\nb\ty\n", "dev/dev.tsv": "sentence1\tlabel\na\tz\n",
-    "nan/train.tsv": "sentence1\tlabel\na\t1.5\nb\tnan\n",
+    "nan/train.tsv": "sentence1\tlabel\na\t1.5\nb\tnan\n", "few/dev.tsv": "sentence1\tlabel\n",
+    "few/train.tsv": "sentence1\tlabel\na\tx\nb\ty\n",
 }  # fmt: skip
 # For each command, its usual arguments, and cases: what replaces some of them, what the error names
 BAD = {
@@ -868,7 +868,7 @@ BAD = {
         ("--task RTE", "RTE/train.tsv: line 2"), ("--task label", "label/train.tsv"),
         ("--task head", "head/train.tsv: "), ("--task dev", "dev/dev.tsv: line 2"),
         ("--task nan --regression", "nan/train.tsv: line 3"),
-        ("--task dev --out o", "dev/results.jsonl"),
+        ("--task dev --out o", "dev/results.jsonl"), ("--task few", "few/dev.tsv: has fewer"),
     ]),
 }  # fmt: skip
 CASES = [(module, *case) for module, (_, cases) in BAD.items() for case in cases]

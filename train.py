@@ -104,7 +104,7 @@ def parse_flags(argv):
     if given.eval_only or given.fill is not None:
         path = Path(given.out or defaults["out"], "config.json")
         with reading(path, "--out must name the folder of a run"):
-            defaults |= json.loads(path.read_text(encoding="utf-8"))
+            defaults |= json.loads(path.read_bytes())
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.n_positions = args.n_positions or args.seq_len
