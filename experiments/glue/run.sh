@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the README's GLUE table shows: random initialisation (a) against an encoder pre-trained on 20M tokens (b).
+# What README.md here shows: random initialisation (a) against an encoder pre-trained on 88 MB of text (b).
 #   bash experiments/glue/run.sh CORPUS_DIR GLUE_DIR       about 12 minutes on one H100
 # The logged run had a time limit and stopped (by SIGTERM) after step 7,362 of 9,000; --eval_only exported it.
 set -euo pipefail
