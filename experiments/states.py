@@ -1,6 +1,6 @@
 """What the states of trained models tell.
 
-    python experiments/states.py RUN [RUN ...]    writes states.json and states.svg beside itself
+    python experiments/states.py RUN [RUN ...] [--to PATH]      writes PATH.json and PATH.svg
 
 RUN is the folder of a train.py run. First, where the identity of [MASK] is restored (section 4.2,
 Figure 4): as in the paper, after Voita et al. (2019), the states at masked positions of frequent
@@ -11,6 +11,7 @@ file as "chance". Second, how much the encoder's states vary between unmasked ro
 deviation at <s>, from which fine-tuning predicts, and on average at the other tokens; before
 training too."""
 
+import argparse
 import json
 import math
 import sys
@@ -66,8 +67,12 @@ def spread(model, rows):
 
 @torch.no_grad()
 def main():
-    results = {}
-    for folder in sys.argv[1:]:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--to", default=str(HERE / "states"), metavar="PATH")
+    given, results = parser.parse_args(), {}
+    for folder in given.runs:
         args = train.parse_flags(["--out", folder, "--eval_only"])
         data, model = Data(args.data), train.make_model(args).eval()
         rows = data.rows("val", range(min(1024, data.n_rows("val", args.seq_len))), args.seq_len)
@@ -85,13 +90,13 @@ def main():
         results[name] = result
         print(name, result, flush=True)
         plt.plot(bits, ".-", label=name)
-    (HERE / "states.json").write_text(json.dumps(results, indent=1))
+    Path(f"{given.to}.json").write_text(json.dumps(results, indent=1))
     plt.gcf().set_size_inches(6, 3.2)
     plt.xlabel("layer (of the encoder for vanilla MLM, of the decoder for 3ML)")
     plt.ylabel("mutual information (bits)")
     plt.grid(alpha=0.3)
     plt.legend()
-    plt.savefig(HERE / "states.svg", bbox_inches="tight")
+    plt.savefig(f"{given.to}.svg", bbox_inches="tight")
 
 
 if __name__ == "__main__":
