@@ -28,7 +28,6 @@ for encoder in random self-50 vanilla-40 vanilla-15; do  # longer; where the tab
   finetune $encoder STS-B "$2" --lr 1e-4 --epochs 10 --seed 0 1 2
   finetune $encoder CoLA "$2" --lr 1e-4 --epochs 10
   finetune $encoder QQP "$2" --lr 1e-4 --epochs 5
-  finetune $encoder SST-2 "$2" --lr 1e-4 --epochs 3
   finetune $encoder MNLI "$2" --lr 1e-4 --epochs 5 --seed 0 1 --out "out/english/MNLI/$encoder"
 done
 python experiments/states.py out/self-50 out/vanilla-40 out/vanilla-15 --to experiments/english/states
@@ -40,4 +39,4 @@ done
 git apply --reverse experiments/english/mean_pooling.patch
 finetune random mine "$3" --lr 1e-3
 finetune self-50 mine "$3" --lr 1e-3
-finetune self-50 SST-2 "$2" --lr 1e-4 --epochs 1
+finetune self-50 SST-2 "$2" --lr 1e-4 --epochs 1 3
