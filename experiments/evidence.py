@@ -79,8 +79,8 @@ Written by `python experiments/evidence.py --draw` from the logs beside this fil
 them is [here](../README.md#does-3ml-keep-its-promise). A name has the decoder (vanilla: none), the
 masking rate in percent, and what else is changed. FLOPs are a share of vanilla-15's in the same
 setting, perplexities those of the last evaluation. Minutes are on one core, some of a machine
-that was half as fast: do not compare those of tiny. Of tiny, one layer and lr 1.4e-3 are of
-versions whose Transformer layers were written by hand (the same function).
+that was half as fast: do not compare those of tiny. Of tiny, lr 1.4e-3 and cross-50 with
+one layer are of versions whose Transformer layers were written by hand (the same function).
 """
 COLOURS = {"vanilla-15": "tab:blue", "vanilla-50": "tab:purple", "self-50": "tab:red",
            "self-50, equal FLOPs": "tab:orange", "self-50, width 256": "tab:brown",
